@@ -1,0 +1,62 @@
+# Every target builds its own virtual environment in .venv on first use: nothing else needs to be installed.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+WORKERS ?= 2
+# The workers share the cores, so each one computes on a single thread.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+TYPECHECK := .cache/typecheck
+
+# A failure anywhere in a pipe fails the target.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+.PHONY: help demo test test-full test-slow test-mutations lint format bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo ">> creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo ">> installing avl-fx and its development tools (the first time takes minutes: torch is large)"
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## a small vision-language model, before and after, on this machine
+	$(BIN)/python -m examples.demo
+
+test: $(STAMP)  ## the tests that every change must pass
+	$(PYTEST) -m "not full and not slow and not gpu"
+
+test-full: $(STAMP)  ## the same, and the exhaustive matrix
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: $(STAMP)  ## tests that take minutes or download data
+	$(PYTEST) -m "slow and not gpu"
+
+test-mutations: $(STAMP)  ## plant wrong rewrites: the suite must notice each of them
+	$(BIN)/python -m tests.mutations
+
+# passes/ and kernels/ are installed inside the package, so mypy reads a tree of links in which they stand there. It is
+# made anew each time, and the paths that mypy reports are turned back into those of the repository.
+lint: $(STAMP)  ## style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)/avl_fx
+	@ln -s $(CURDIR)/avl_fx/* $(CURDIR)/passes $(CURDIR)/kernels $(TYPECHECK)/avl_fx/
+	@echo ">> mypy"
+	@cd $(TYPECHECK) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
+	    -p avl_fx | sed -e 's#^avl_fx/passes/#passes/#' -e 's#^avl_fx/kernels/#kernels/#'
+
+format: $(STAMP)  ## put the code into the one format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## ratios against compiled baselines, measured in the same run
+	$(BIN)/python -m benchmarks.run
+
+clean:  ## remove everything that the other targets made, except $(VENV)
+	rm -rf $(TYPECHECK) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

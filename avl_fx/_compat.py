@@ -1,0 +1,281 @@
+"""The only file that imports private names of torch or transformers.
+
+Everything else in the project asks this module, so a new release of either library is met in one place.
+"""
+
+import contextlib
+import copy
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast, get_origin
+
+import torch
+from torch import fx
+from torch._dynamo import OptimizedModule, lookup_backend, symbolic_convert
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.pgo import get_code_state
+from torch._dynamo.utils import counters
+from torch._guards import CompileContext
+from torch._inductor.compile_fx import compile_fx
+
+__all__ = [
+    "BackendErrorBase",
+    "FrameModules",
+    "compile_arguments",
+    "compile_graph",
+    "compile_module",
+    "copy_graph",
+    "cpp_compiler",
+    "decoder_depth",
+    "frame_modules",
+    "fresh_compilation",
+    "graph_breaks",
+    "inductor_config_types",
+    "inductor_modes",
+    "isolation",
+    "readable",
+    "recompile_limit",
+    "size_hint",
+    "strip_compilation",
+    "uncompile_module",
+    "uncompiled",
+    "watch_calls",
+]
+
+# Dynamo re-raises `ShortenTraceback` from a backend untouched, and strips its own frames from the traceback; any other
+# exception reaches the user wrapped as `BackendCompilerFailed`. The constructor requires the keyword
+# `first_useful_frame`; `None` keeps the traceback whole.
+BackendErrorBase = ShortenTraceback
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy to fall back on: Dynamo's source of every placeholder is an attribute that FX does not copy."""
+    duplicate = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, duplicate.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return duplicate
+
+
+def readable(gm: fx.GraphModule) -> str:
+    """Python-like text of a graph with shapes."""
+    return gm.print_readable(print_output=False)
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str, config: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Hand a rewritten Dynamo graph to PyTorch's compilers: ``inductor``, ``aot_eager`` or ``eager``."""
+    if compiler == "eager":
+        return gm.forward
+    if compiler == "aot_eager":
+        return lookup_backend("aot_eager")(gm, list(example_inputs))
+    return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=dict(config)))
+
+
+class FrameModules:
+    """Modules of the frame that Dynamo is compiling, by the names that graphs use for them.
+
+    Empty when no frame is being compiled: a graph handed to the backend by hand.
+    """
+
+    def __init__(self, frame_locals: Mapping[str, Any]) -> None:
+        self._locals = frame_locals
+
+    def module(self, path: str) -> torch.nn.Module | None:
+        """Module at ``local.attribute.0.attribute``, or ``None``."""
+        local, *rest = path.split(".")
+        found = self._locals.get(local)
+        for part in rest:
+            if not isinstance(found, torch.nn.Module):
+                return None
+            found = found._modules.get(part)
+        return found if isinstance(found, torch.nn.Module) else None
+
+    def outermost(self) -> torch.nn.Module | None:
+        """The module whose forward this is: paths that start at the local ``self`` start there."""
+        found = self._locals.get("self")
+        return found if isinstance(found, torch.nn.Module) else None
+
+    def decoder_layers(self) -> int | None:
+        """Depth of the language decoder, as the configuration of the outermost module states it."""
+        outermost = self._locals.get("self")
+        if not isinstance(outermost, torch.nn.Module):
+            return None
+        # The frame of a single layer has no configuration of its own, but its attention holds the decoder's.
+        found = (decoder_depth(module) for module in outermost.modules())
+        return next((depth for depth in found if depth is not None), None)
+
+    def decoder_modules(self) -> frozenset[torch.nn.Module]:
+        """Modules of the language decoder, as the outermost module names it; empty when it names none.
+
+        ``get_decoder`` falls back to the model itself, also for a vision encoder: only what embeds tokens counts.
+        """
+        outermost = self._locals.get("self")
+        if not isinstance(outermost, torch.nn.Module) or not hasattr(outermost, "get_decoder"):
+            return frozenset()
+        try:
+            decoder: Any = cast(Any, outermost).get_decoder()
+            embeds = decoder.get_input_embeddings()
+        except (AttributeError, NotImplementedError, TypeError):
+            return frozenset()
+        return frozenset(decoder.modules()) if isinstance(embeds, torch.nn.Embedding) else frozenset()
+
+
+def decoder_depth(model: Any) -> int | None:
+    """Number of layers of the language decoder, as the model's configuration states it."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    layers = getattr(text, "num_hidden_layers", None)
+    return layers if isinstance(layers, int) else None
+
+
+def compile_module(module: torch.nn.Module, settings: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
+    """``module.compile(**kwargs)`` with Dynamo settings that hold around its calls and nowhere else."""
+    module.compile(**kwargs)
+    compiled = module._compiled_call_impl
+    assert compiled is not None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with dynamo_config.patch(**settings):
+            return compiled(*args, **kwargs)
+
+    module._compiled_call_impl = call if settings else compiled
+
+
+def uncompile_module(module: torch.nn.Module) -> None:
+    """Undo `compile_module`."""
+    module._compiled_call_impl = None
+
+
+def uncompiled(model: Any) -> Any:
+    """The module inside what ``torch.compile(module)`` returns; anything else as it is."""
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def strip_compilation(model: torch.nn.Module) -> None:
+    """Let every module of ``model`` run eagerly, also where its call or its ``forward`` was compiled in place."""
+    for module in model.modules():
+        if module._compiled_call_impl is not None:
+            uncompile_module(module)
+        forward: Any = vars(module).get("forward")
+        while hasattr(forward, "_torchdynamo_orig_callable"):
+            forward = vars(module)["forward"] = forward._torchdynamo_orig_callable
+
+
+def watch_calls(module: torch.nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put ``wrap(call)`` in the place of what ``module(...)`` runs, outside of anything compiled.
+
+    A forward hook would be compiled along where the module itself was compiled in place.
+    """
+    module._compiled_call_impl = wrap(module._compiled_call_impl or module._call_impl)
+
+
+@functools.cache
+def compile_arguments() -> frozenset[str]:
+    """Names of the keyword arguments of this release's `torch.compile`."""
+    return frozenset(inspect.signature(torch.compile).parameters) - {"model"}
+
+
+def isolation() -> dict[str, Any]:
+    """Arguments for `torch.compile` that keep its compiled code apart from that of other calls on the same function.
+
+    Without them all share one recompile limit. Empty where the release cannot do it.
+    """
+    return {"isolate_recompiles": True} if "isolate_recompiles" in compile_arguments() else {}
+
+
+def recompile_limit() -> int:
+    """How many graphs of one function Dynamo compiles before it runs the function eagerly."""
+    return dynamo_config.recompile_limit
+
+
+def graph_breaks() -> dict[str, int]:
+    """How often Dynamo broke a graph so far in this process, by the first line of the reason."""
+    found: dict[str, int] = {}
+    for reason, count in counters["graph_break"].items():
+        lines = reason.strip().splitlines()
+        title = lines[0].strip() if lines else "unknown"
+        found[title] = found.get(title, 0) + count
+    return found
+
+
+@contextlib.contextmanager
+def fresh_compilation(backend: Callable[..., Any]) -> Iterator[None]:
+    """Compile with ``backend`` inside the block as a new process would, and leave what the process knows as it was.
+
+    No recompile limit; no sizes that earlier runs found to vary; none of Dynamo's warnings. ``backend`` stands in for
+    the one of every `torch.compile` that is called in the block, so it must be a callable that was never used before:
+    compiled code is reused when backends are equal.
+    """
+    sizes = get_code_state()
+    known = dict(sizes)
+    log = logging.getLogger("torch._dynamo")
+    level = log.level
+    unlimited = dynamo_config.patch(recompile_limit=100_000, accumulated_recompile_limit=100_000)
+    with unlimited, torch.compiler.set_stance("default", force_backend=backend):
+        sizes.clear()
+        log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+            sizes.clear()
+            sizes.update(known)
+
+
+def size_hint(size: Any) -> int | None:
+    """A size as it was when the graph was captured; adds no guard where it is symbolic, ``None`` where it depends on
+    data."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return int(size.node.hint) if size.node.has_hint() else None
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor would call, or ``None`` when it finds none."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        return cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError, OSError):
+        return None
+
+
+def frame_modules() -> FrameModules:
+    """The modules reachable from the frame that is being compiled right now."""
+    transaction = getattr(symbolic_convert.tls, "current_tx", None)
+    return FrameModules({} if transaction is None else transaction.f_locals)
+
+
+@functools.cache
+def inductor_config_types() -> dict[str, type | None]:
+    """Every key of Inductor's configuration, with its type; ``None`` where more than one type is legal."""
+    from torch._inductor import config
+
+    types: dict[str, type | None] = {}
+    for key in config.get_config_copy():
+        declared = config.get_type(key)  # type: ignore[attr-defined]
+        # A key that is declared without a type and defaults to None reports NoneType: anything may go there.
+        plain = isinstance(declared, type) and get_origin(declared) is None and declared is not type(None)
+        types[key] = declared if plain else None
+    return types
+
+
+def inductor_modes() -> dict[str, dict[str, Any]]:
+    """The modes of `torch.compile`: name -> the Inductor configuration that it stands for."""
+    from torch._inductor import list_mode_options
+
+    return list_mode_options()
+
+
+def is_last_recompile() -> bool:
+    """Whether Dynamo may compile the current frame this once more, and runs it eagerly from then on."""
+    compile_id = CompileContext.current_compile_id()
+    number = getattr(compile_id, "frame_compile_id", None)
+    return isinstance(number, int) and number >= dynamo_config.recompile_limit - 1

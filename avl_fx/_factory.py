@@ -1,0 +1,83 @@
+"""Model factories named on the command line: ``module:function`` or ``file.py:function``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from avl_fx._messages import near_miss, quote, show
+from avl_fx.errors import OptionError
+
+__all__ = ["call_factory"]
+
+_FIELD = "--factory"
+
+
+def call_factory(spec: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Import and call ``spec``, which takes nothing and returns ``(model, inputs)``.
+
+    The current folder is searched first, as with ``python -m``.
+
+    Raises:
+        OptionError: not of that form, no such module or function, or something else is returned.
+
+    Whatever the module or the function raises is passed on.
+    """
+    where, colon, name = spec.rpartition(":")
+    if not colon or not where or not name:
+        raise OptionError(
+            f"must be module:function, got {quote(spec)}",
+            field=_FIELD,
+            remedy="name a function that returns (model, inputs), for example my_models:llava",
+        )
+    module = _from_file(Path(where)) if where.endswith(".py") else _from_name(where)
+    function = getattr(module, name, None)
+    if not callable(function):
+        meant = near_miss(name, [n for n in vars(module) if not n.startswith("_")])
+        raise OptionError(
+            f"{quote(where)} has no function {quote(name)}",
+            field=_FIELD,
+            remedy=f"did you mean {meant!r}?" if meant else "check its name",
+        )
+    made = function()
+    if (
+        not isinstance(made, tuple)
+        or len(made) != 2
+        or not isinstance(made[0], nn.Module)
+        or not isinstance(made[1], Mapping)
+    ):
+        raise OptionError(
+            f"{quote(spec)} must return (model, inputs), it returned {show(made)}",
+            field=_FIELD,
+            remedy="return a torch.nn.Module and a dict of its keyword arguments",
+        )
+    return made[0], dict(made[1])
+
+
+def _from_name(name: str) -> ModuleType:
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+            raise  # the module is there, and imports something that is not
+        raise OptionError(
+            f"there is no module {quote(name)}", field=_FIELD, remedy="check its name, or give a file: file.py:function"
+        ) from error
+
+
+def _from_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise OptionError(f"there is no file {quote(path)}", field=_FIELD, remedy="check its path")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,211 @@
+"""`avl_backend`: what `torch.compile(model, backend="avl")` calls for every captured graph."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from avl_fx import _compat
+from avl_fx.errors import AvlError, InternalError
+from avl_fx.modality import carried, given
+from avl_fx.options import BackendOptions, parse_options
+from avl_fx.passes.context import PassContext
+from avl_fx.passes.nodes import alias_root, arg, op, shape
+from avl_fx.passes.pipeline import run_stages
+from avl_fx.passes.share_queries import decoder_sites
+from avl_fx.passes.site import Status
+from avl_fx.record import GraphRecord, active_recorder
+from avl_fx.runtime import CompiledGraph
+
+__all__ = ["avl_backend"]
+
+log = logging.getLogger("avl_fx")
+
+
+def avl_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The torch.compile backend: rewrite the attention of ``gm`` after a plan, hand the result to Inductor.
+
+    Args:
+        gm: a graph captured by Dynamo.
+        example_inputs: its inputs, fake or real.
+        mode: an Inductor mode, as in ``torch.compile(mode=...)``.
+        options: ``plan`` (`Plan`, dict, path or preset name; default: identity), ``strict`` (raise when a pass fails
+            instead of compiling the untouched graph), ``inductor`` (dict of Inductor config patches), ``compiler``
+            (``inductor``, ``aot_eager`` or ``eager``), ``mode`` and ``dump`` (folder for graphs before and after).
+
+    Raises:
+        OptionError: an unknown or malformed option.
+        PlanError: a plan that is wrong, does not fit the model, or cannot be executed by this version.
+        InternalError: a pass failed and ``strict`` is set.
+    """
+    parsed = parse_options(mode, options)
+    parsed.plan.check_supported()
+    return _compile_graph(gm, example_inputs, parsed)
+
+
+def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> Callable[..., Any]:
+    recorder = active_recorder()
+    record = GraphRecord(index=len(recorder.graphs) if recorder else 0, nodes_before=len(gm.graph.nodes))
+    record.linears["before"], record.linear_flops["before"] = _linears(gm)
+    keep_text = options.dump is not None or (recorder is not None and recorder.keep_graphs)
+    if keep_text:
+        record.before = _compat.readable(gm)
+    frame = _compat.frame_modules().outermost()
+    record.frame = None if frame is None else weakref.ref(frame)
+    ctx = _make_context(gm, example_inputs, options)
+    start = time.perf_counter()
+    untouched = _compat.copy_graph(gm.graph)
+    try:
+        record.passes = run_stages(gm, ctx)
+        _check_depth(ctx, options)
+    except AvlError:
+        raise
+    except Exception as error:
+        if options.strict:
+            raise InternalError(
+                f"a pass failed: {error}", remedy="report it with the graph (options={'dump': folder}), or drop strict"
+            ) from error
+        log.warning("a pass failed, the untouched graph is compiled instead: %s", error, exc_info=True)
+        record.failure = f"{type(error).__name__}: {error}"
+        gm.graph = untouched
+        gm.recompile()
+        ctx = _make_context(gm, example_inputs, options)
+    record.pass_seconds = time.perf_counter() - start
+    _warn_of_dense_layers(ctx, options)
+    record.sites, record.dropped_keys = ctx.sites, ctx.dropped_keys
+    record.visual = "none" if ctx.visual is None else ctx.visual.how
+    record.expected_layers = ctx.expected_layers
+    record.nodes_after = len(gm.graph.nodes)
+    record.linears["after"], record.linear_flops["after"] = _linears(gm)
+    dense_keys = _dense_keys(gm, ctx)
+    if keep_text:
+        record.after = _compat.readable(gm)
+    if options.dump is not None:
+        _dump(record, options)
+    _log_sites(record)
+    start = time.perf_counter()
+    compiled = _compat.compile_graph(gm, example_inputs, options.compiler, options.inductor_config())
+    record.compile_seconds = time.perf_counter() - start
+    if recorder is not None:
+        recorder.graphs.append(record)
+    dropped = sorted(ctx.dropped_keys, key=lambda d: -1 if d.output is None else d.output)
+    returns_visual = ctx.visual is not None and ctx.visual.node is not None
+    return CompiledGraph(compiled, dense_keys, tuple(dropped), returns_visual, record)
+
+
+def _make_context(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> PassContext:
+    resolver = _compat.frame_modules()
+    visual = None
+    if given() is not None:
+        visual = "given"
+    elif carried(example_inputs) is not None:
+        visual = "carried"
+    return PassContext(
+        plan=options.plan,
+        resolve_module=resolver.module,
+        expected_layers=resolver.decoder_layers(),
+        decoder_modules=resolver.decoder_modules(),
+        carried_visual=visual,
+    )
+
+
+def _check_depth(ctx: PassContext, options: BackendOptions) -> None:
+    """A plan for another depth is an error as soon as a graph shows how deep the decoder is."""
+    depth = ctx.expected_layers
+    if depth is None:
+        depths = {s.depth for s in decoder_sites(ctx) if s.depth is not None}
+        depth = depths.pop() if len(depths) == 1 else None
+    if depth is not None and decoder_sites(ctx):
+        options.plan.check_depth(depth)
+
+
+def _warn_of_dense_layers(ctx: PassContext, options: BackendOptions) -> None:
+    """Say when a plan that drops keys meets a capture under which some layers may run densely, unseen."""
+    sites = decoder_sites(ctx)
+    if options.plan.is_lossless or not sites:
+        return
+    layers, expected = {s.layer for s in sites}, ctx.expected_layers or sites[0].depth
+    if expected is not None and len(layers) < expected:
+        log.warning(
+            "a graph holds %d of %d decoder layers; lazy layers whose anchor is in another graph stay dense. "
+            "avl_fx.compile(model, plan=...) captures the decoder as one graph.",
+            len(layers),
+            expected,
+        )
+    if _compat.is_last_recompile():
+        log.warning(
+            "Dynamo compiles this frame for the last time (torch._dynamo.config.recompile_limit) and will run new "
+            "shapes eagerly, where the keys of lazy layers are missing and logits become NaN. Raise the limit, mark "
+            "dimensions dynamic, or use avl_fx.compile(model, plan=...), which raises instead."
+        )
+
+
+def _dense_keys(gm: fx.GraphModule, ctx: PassContext) -> tuple[tuple[int, int | None], ...]:
+    """Inputs that hold cached keys and are attended to by a site that is not lazy."""
+    inputs = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    found: dict[int, int | None] = {}
+    for site in ctx.sites:
+        if site.role != "decoder" or site.cache == "none" or site.node is None or site.action.startswith("lazy"):
+            continue
+        for source in _cached_inputs(site.node):
+            if source in inputs:
+                found.setdefault(inputs[source], site.layer)
+    return tuple(sorted(found.items(), key=lambda item: item[0]))
+
+
+def _cached_inputs(attention: fx.Node) -> list[fx.Node]:
+    if op(attention) == "contiguous":
+        attention = attention.args[0]  # type: ignore[assignment]
+    if len(attention.args) < 2 or not isinstance(attention.args[1], fx.Node):
+        return []
+    root = alias_root(attention.args[1])
+    if op(root) == "cat":
+        return [alias_root(n) for n in root.args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
+    return [root]
+
+
+def _linears(gm: fx.GraphModule) -> tuple[int, int]:
+    """Matmuls with a weight: their number, and their FLOPs at the sizes that the graph was captured with."""
+    nodes = [n for n in gm.graph.nodes if op(n) == "linear"]
+    return len(nodes), sum(map(_linear_flops, nodes))
+
+
+def _linear_flops(node: fx.Node) -> int:
+    """Two for each element of the output and each input feature; 0 where a size depends on data."""
+    output, source = shape(node), shape(arg(node, 0, "input"))
+    sizes = [_compat.size_hint(s) for s in (*(output or ()), *(source or ())[-1:])]
+    return math.prod(map(int, sizes)) * 2 if output and source and None not in sizes else 0  # type: ignore[arg-type]
+
+
+def _dump(record: GraphRecord, options: BackendOptions) -> None:
+    folder = options.dump
+    assert folder is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    number = len(list(folder.glob("graph_*_before.py")))
+    (folder / f"graph_{number:03d}_before.py").write_text(record.before or "", encoding="utf-8")
+    (folder / f"graph_{number:03d}_after.py").write_text(record.after or "", encoding="utf-8")
+
+
+def _log_sites(record: GraphRecord) -> None:
+    for site in record.sites:
+        where = site.module_path or "?"
+        if site.status is Status.REFUSED:
+            log.info("site %s (%s) refused: %s %s", site.index, where, site.reason, site.detail)
+        else:
+            log.debug("site %s (%s): %s", site.index, where, site.action)
+    for result in record.passes:
+        log.info(
+            "pass %s: %d, refused %s, %.1f ms", result.name, result.count, dict(result.refused), result.seconds * 1e3
+        )

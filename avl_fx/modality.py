@@ -1,0 +1,100 @@
+"""The modality side channel: row-wise visual positions of one forward, for graphs that cannot see them.
+
+Positions travel three ways. *Discovered*: a graph that splices image features in returns its mask and the runtime
+attaches it to the embeddings that leave the graph. *Carried*: the next graph of the same forward finds it on its
+inputs. *Given*: the user (or the hook of `avl_fx.compile`) names the modality of every position.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar, Token
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avl_fx.errors import ModalityError
+
+__all__ = ["attach", "carried", "given", "modality_ids", "pop_given", "push_given", "visual_from_ids"]
+
+_ATTRIBUTE = "_avl_visual_positions"
+_given: ContextVar[Tensor | None] = ContextVar("avl_fx_visual_positions", default=None)
+
+
+@contextlib.contextmanager
+def modality_ids(ids: Tensor) -> Iterator[None]:
+    """Tell the backend the modality of every prompt position, for models whose graphs do not show it.
+
+    ::
+
+        with avl_fx.modality_ids(ids):
+            model.generate(**inputs)
+
+    Args:
+        ids: ``[batch, sequence]`` of the prompt; integers (0 = text, anything else visual: 1 image, 2 video) or
+            booleans (True = visual).
+
+    Raises:
+        ModalityError: wrong type, rank or dtype.
+    """
+    token = _given.set(visual_from_ids(ids))
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def visual_from_ids(ids: Any) -> Tensor:
+    """Boolean ``[batch, sequence]`` of the visual positions in ``ids``; see `modality_ids` for errors."""
+    if not isinstance(ids, Tensor):
+        raise ModalityError(
+            f"must be a tensor, got {type(ids).__name__}", field="ids", remedy="give a [batch, sequence] tensor"
+        )
+    if ids.dim() != 2:
+        raise ModalityError(
+            f"must have shape [batch, sequence], got {tuple(ids.shape)}",
+            field="ids",
+            remedy="give one row per batch element, for example ids[None]",
+        )
+    if ids.dtype == torch.bool:
+        return ids
+    if ids.dtype.is_floating_point or ids.dtype.is_complex:
+        raise ModalityError(
+            f"must hold integers or booleans, got {ids.dtype}", field="ids", remedy="0 = text, 1 = image, 2 = video"
+        )
+    return ids != 0
+
+
+def given() -> Tensor | None:
+    """Visual positions the user gave for the forward that is running, ``[batch, sequence]`` boolean."""
+    return _given.get()
+
+
+def push_given(visual: Tensor | None) -> Token[Tensor | None] | None:
+    """Give ``visual`` for the forward that starts now, unless the user already gave positions."""
+    return _given.set(visual) if visual is not None and _given.get() is None else None
+
+
+def pop_given(token: Token[Tensor | None] | None) -> None:
+    """Undo `push_given`."""
+    if token is not None:
+        _given.reset(token)
+
+
+def attach(outputs: Iterable[Any], visual: Tensor) -> None:
+    """Let ``visual`` ride on every output that looks like hidden states ``[batch, sequence, hidden]``."""
+    for tensor in outputs:
+        if isinstance(tensor, Tensor) and tensor.dim() == 3 and tensor.shape[:2] == visual.shape:
+            setattr(tensor, _ATTRIBUTE, visual)
+
+
+def carried(inputs: Iterable[Any]) -> Tensor | None:
+    """Visual positions that ride on one of ``inputs``."""
+    for tensor in inputs:
+        if isinstance(tensor, Tensor) and tensor.dim() == 3:
+            visual = getattr(tensor, _ATTRIBUTE, None)
+            if visual is not None:
+                return visual
+    return None

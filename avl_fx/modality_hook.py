@@ -1,0 +1,67 @@
+"""The forward hook of `avl_fx.compile`: tells the decoder which prompt positions are visual."""
+
+from __future__ import annotations
+
+import inspect
+from contextvars import Token
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from avl_fx.modality import pop_given, push_given
+
+__all__ = ["ModalityHook"]
+
+_TOKEN_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+class ModalityHook:
+    """Reads ``input_ids`` (or ``mm_token_type_ids``) before the model's forward and takes the answer back after it.
+
+    Positions the user gave with `avl_fx.modality_ids` win. A forward of one token a row is a decode step: its prompt is
+    gone, so nothing is said.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._signature = inspect.signature(model.forward)
+        config = getattr(model, "config", None)
+        ids = (getattr(config, name, None) for name in _TOKEN_ID_NAMES)
+        self._visual_ids = tuple(sorted({i for i in ids if isinstance(i, int)}))
+        self._tokens: list[Token[Tensor | None] | None] = []
+
+    @classmethod
+    def install(cls, model: nn.Module) -> tuple[RemovableHandle, ...]:
+        """Hook ``model``; nothing is installed when its configuration names no visual token ids."""
+        hook = cls(model)
+        if not hook._visual_ids:
+            return ()
+        return (
+            model.register_forward_pre_hook(hook.before, with_kwargs=True),
+            model.register_forward_hook(hook.after, always_call=True),
+        )
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Give the visual positions of this forward."""
+        self._tokens.append(push_given(self._visual_positions(args, kwargs)))
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Take them back, also when the forward raised."""
+        if self._tokens:
+            pop_given(self._tokens.pop())
+
+    def _visual_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        try:
+            bound = self._signature.bind_partial(*args, **kwargs).arguments
+        except TypeError:
+            return None  # the forward itself will say what is wrong
+        named = {**bound.get("kwargs", {}), **bound}
+        types = named.get("mm_token_type_ids")
+        ids = named.get("input_ids")
+        if isinstance(types, Tensor) and types.dim() == 2 and types.shape[1] > 1:
+            return types != 0
+        if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 1:
+            wanted = torch.tensor(self._visual_ids, dtype=ids.dtype, device=ids.device)
+            return torch.isin(ids, wanted)
+        return None

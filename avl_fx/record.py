@@ -1,0 +1,79 @@
+"""What the backend remembers of each graph it compiled: the raw material of `explain`."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from avl_fx.passes.context import DroppedKeys
+from avl_fx.passes.site import PassResult, Site
+
+__all__ = ["GraphRecord", "Recorder", "active_recorder", "recording"]
+
+
+@dataclass
+class GraphRecord:
+    """One graph that passed through the backend."""
+
+    index: int
+    nodes_before: int
+    nodes_after: int = 0
+    sites: list[Site] = field(default_factory=list)
+    passes: list[PassResult] = field(default_factory=list)
+    dropped_keys: list[DroppedKeys] = field(default_factory=list)
+    visual: str = "none"
+    expected_layers: int | None = None
+    pass_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    failure: str | None = None
+    """Why the untouched graph was compiled instead, where a pass failed."""
+    before: str | None = None
+    after: str | None = None
+    """Readable graphs, where a dump was asked for."""
+    linears: dict[str, int] = field(default_factory=dict)
+    """``before`` and ``after``: matmuls with a weight, counted in the graph that goes to the compiler."""
+    linear_flops: dict[str, int] = field(default_factory=dict)
+    """``before`` and ``after``: what those matmuls cost in one call, at the sizes that the graph was captured with."""
+    frame: weakref.ReferenceType[nn.Module] | None = field(default=None, repr=False)
+    """The module whose forward was captured: module paths of the sites start there."""
+    calls: int = 0
+    """How often the graph ran while a recorder was active."""
+
+
+@dataclass
+class Recorder:
+    """Collects graph records and the visual positions seen while it is active."""
+
+    graphs: list[GraphRecord] = field(default_factory=list)
+    visual: list[Tensor] = field(default_factory=list)
+    """Visual positions ``[batch, sequence]`` of each forward that had any, in order."""
+    keep_graphs: bool = False
+
+    def saw_visual(self, visual: Tensor) -> None:
+        """Note the visual positions of a forward, once."""
+        if not any(v is visual for v in self.visual):
+            self.visual.append(visual)
+
+
+_active: ContextVar[Recorder | None] = ContextVar("avl_fx_recorder", default=None)
+
+
+def active_recorder() -> Recorder | None:
+    """The recorder of the `recording` block that is open, if any."""
+    return _active.get()
+
+
+@contextlib.contextmanager
+def recording(keep_graphs: bool = False) -> Iterator[Recorder]:
+    """Collect a record of every graph that the backend compiles inside the block."""
+    recorder = Recorder(keep_graphs=keep_graphs)
+    token = _active.set(recorder)
+    try:
+        yield recorder
+    finally:
+        _active.reset(token)

@@ -1,0 +1,190 @@
+"""`avl_fx.compile`: the front door for models that Dynamo fragments.
+
+`torch.compile(model)` leaves it to Dynamo where graphs begin and end; multimodal glue code (splicing features, checking
+counts, boolean indexing) then breaks the decoder apart in some models. Here the *regions* that matter are compiled in
+place, each with the capture settings that it needs: the language decoder, and the vision encoder. The glue between them
+stays eager, and a hook tells the decoder which positions are visual.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from avl_fx import _compat
+from avl_fx.backend import avl_backend
+from avl_fx.errors import CaptureError, OptionError
+from avl_fx.modality_hook import ModalityHook
+from avl_fx.options import parse_options
+from avl_fx.plan import Plan, PlanSpec
+
+__all__ = ["Region", "compile", "compiled_plan", "find_regions", "set_aside", "uncompile"]
+
+_DECODER_SETTINGS: Mapping[str, Any] = {
+    # Deep-stacked features are added under a boolean index inside the decoder: without this, one graph a layer. On a
+    # whole model it makes vision encoders that split by image fail with data-dependent guards: the decoder alone.
+    "capture_dynamic_output_shape_ops": True,
+}
+
+
+@dataclass(frozen=True)
+class Region:
+    """A module that is compiled as one piece."""
+
+    name: str
+    """Module path; empty for the model itself."""
+    module: nn.Module
+    role: str
+    """``decoder``, ``vision`` or ``model``."""
+
+
+@dataclass
+class _Compiled:
+    regions: tuple[Region, ...]
+    hooks: tuple[RemovableHandle, ...]
+    plan: Plan
+
+
+_compiled: weakref.WeakKeyDictionary[nn.Module, _Compiled] = weakref.WeakKeyDictionary()
+
+
+def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any) -> nn.Module:
+    """Compile the decoder and the vision encoder of ``model`` in place, under ``plan``.
+
+    Like ``nn.Module.compile``: the model's class, parameters and ``generate`` stay what they are. Compiling again
+    replaces the plan.
+
+    Args:
+        model: any vision-language model. One without a decoder that can be told apart (no ``get_decoder``) is compiled
+            as a single region.
+        plan: a `Plan`, dict, path or preset name; default: identity.
+        **torch_compile_kwargs: as for ``torch.compile``: ``mode``, ``dynamic``, ``fullgraph``, ``disable``, and
+            ``options`` of the backend.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        CaptureError: ``model`` is not a module.
+        OptionError: an option is wrong, or ``backend`` is given.
+        PlanError: the plan is wrong, or made for another depth.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"a torch.nn.Module can be compiled, not {type(model).__name__}",
+            field="model",
+            remedy="pass the model itself, not its class, its name or its outputs",
+        )
+    kwargs = _arguments(plan, torch_compile_kwargs)
+    resolved = Plan.resolve(kwargs["options"]["plan"])
+    resolved.check_supported()
+    depth = _compat.decoder_depth(model)
+    if depth is not None:
+        resolved.check_depth(depth)
+    uncompile(model)
+    regions = find_regions(model)
+    for region in regions:
+        settings = dict(_DECODER_SETTINGS) if region.role == "decoder" else {}
+        if not resolved.is_lossless:
+            # Past its recompile limit Dynamo runs the frame eagerly and says nothing; under a plan that drops keys
+            # that would be a dense layer on a cache without keys.
+            settings["fail_on_recompile_limit_hit"] = True
+        _compat.compile_module(region.module, settings, kwargs)
+    _compiled[model] = _Compiled(regions, ModalityHook.install(model), resolved)
+    return model
+
+
+def uncompile(model: nn.Module) -> nn.Module:
+    """Undo `compile`; a model that is not compiled is left alone."""
+    state = _compiled.pop(model, None)
+    if state is not None:
+        for handle in state.hooks:
+            handle.remove()
+        for region in state.regions:
+            _compat.uncompile_module(region.module)
+    return model
+
+
+def find_regions(model: nn.Module) -> tuple[Region, ...]:
+    """The regions that `compile` compiles: decoder and vision encoder where both can be told apart, else the model."""
+    decoder = _ask(model, "get_decoder")
+    if decoder is None or decoder is model:
+        return (Region("", model, "model"),)
+    regions = [Region(_path(model, decoder), decoder, "decoder")]
+    vision = _ask(model, "get_encoder", modality="image")
+    if vision is not None and vision is not model and vision is not decoder and _path(model, vision):
+        inside = any(m is decoder for m in vision.modules()) or any(m is vision for m in decoder.modules())
+        if not inside:
+            regions.append(Region(_path(model, vision), vision, "vision"))
+    return tuple(regions)
+
+
+def _ask(model: nn.Module, method: str, **kwargs: Any) -> nn.Module | None:
+    try:
+        found = getattr(model, method)(**kwargs)
+    except (AttributeError, TypeError, ValueError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _path(model: nn.Module, module: nn.Module) -> str:
+    return next((name for name, m in model.named_modules() if m is module), "")
+
+
+def _arguments(plan: PlanSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for ``torch.compile``: one backend, one plan, everything checked before the first call."""
+    kwargs = dict(given)
+    backend = kwargs.pop("backend", None)
+    if backend not in (None, "avl", avl_backend):
+        raise OptionError(
+            f"avl_fx.compile is its own backend, got {backend!r}",
+            field="backend",
+            remedy="drop backend=, or use torch.compile with the other backend",
+        )
+    options = dict(kwargs.pop("options", None) or {})
+    if plan is not None:
+        if options.get("plan") is not None and Plan.resolve(options["plan"]) != Plan.resolve(plan):
+            raise OptionError("plan= and options['plan'] differ", field="plan", remedy="give the plan in one place")
+        options["plan"] = plan
+    mode = kwargs.pop("mode", None)
+    if mode is not None:
+        # torch.compile takes either mode or options.
+        options.setdefault("mode", mode)
+    parsed = parse_options(mode, options)
+    options["plan"] = parsed.plan
+    unknown = set(kwargs) - _compat.compile_arguments()
+    if unknown:
+        raise OptionError(
+            f"torch.compile has no argument {sorted(unknown)[0]!r}",
+            field=sorted(unknown)[0],
+            remedy="use plan, mode, dynamic, fullgraph, disable, or options={...}",
+        )
+    return {**kwargs, "backend": avl_backend, "options": options}
+
+
+def compiled_plan(model: nn.Module) -> Plan | None:
+    """The plan that ``model`` was compiled with by `compile`, or ``None``."""
+    state = _compiled.get(model)
+    return None if state is None else state.plan
+
+
+@contextlib.contextmanager
+def set_aside(model: nn.Module) -> Iterator[None]:
+    """Take back what `compile` did to ``model``; after the block, what this module knows of it is as before.
+
+    The attributes of the modules themselves are restored by whoever opens the block, see `avl_fx._untouched`.
+    """
+    state = _compiled.get(model)
+    uncompile(model)
+    try:
+        yield
+    finally:
+        _compiled.pop(model, None)
+        if state is not None:
+            _compiled[model] = state

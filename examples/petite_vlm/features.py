@@ -1,0 +1,42 @@
+"""What the frozen vision encoder sees, computed once and kept as a memory-mapped float16 file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from transformers import LlavaForConditionalGeneration
+
+from .data import Split, open_image
+from .model import FEATURE_LAYER
+from .parts import build_once
+from .processor import to_pixels
+
+COUNTS = {"train": 4000, "test": 1000}
+
+
+@torch.inference_mode()
+def encode(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
+    """What the projector of the stock model is given: [B, 3, S, S] -> [B, (S/14)^2, 384]; the CLS token is dropped."""
+    hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    return hidden[FEATURE_LAYER][:, 1:]
+
+
+def image_features(
+    model: LlavaForConditionalGeneration, root: Path, split: Split, size: int = 168, batch: int = 50
+) -> np.ndarray:
+    """Features of all images of a split: [images, (size/14)^2, 384] float16, read-only, indexed by image number."""
+    count = COUNTS[split]
+
+    def build(folder: Path) -> None:
+        shape = (count, (size // 14) ** 2, model.config.vision_config.hidden_size)
+        out = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=np.float16, shape=shape)
+        for start in track(range(0, count, batch), description=f"encoding {split} images"):
+            images = [open_image(root, split, i) for i in range(start, min(start + batch, count))]
+            pixels = to_pixels(images, size).to(model.device)
+            out[start : start + len(images)] = encode(model, pixels).to(torch.float16).cpu().numpy()
+        out.flush()
+
+    return np.load(build_once(f"features-{split}-{size}", build) / "features.npy", mmap_mode="r")

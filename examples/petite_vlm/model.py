@@ -1,0 +1,108 @@
+"""Assemble the model: stock `LlavaForConditionalGeneration` from the converted parts, adapter merged in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import (
+    AutoTokenizer,
+    Dinov2Config,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from .convert import IMAGE_TOKEN, WEIGHTS, language_dir, vision_dir
+from .lora import merge_lora
+from .parts import ChecksumError, sha256_of
+from .processor import PetiteProcessor
+
+ADAPTER = Path(__file__).parent / "adapter" / "petite_vlm.safetensors"
+FEATURE_LAYER = -3  # the last two layers of this ViT were tuned for saliency maps
+
+
+def build_config(text: LlamaConfig, vision: Dinov2Config, image_token_id: int) -> LlavaConfig:
+    """The LLaVA configuration over the two parts."""
+    return LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=image_token_id,
+        vision_feature_layer=FEATURE_LAYER,
+        vision_feature_select_strategy="default",
+        image_seq_length=144,
+        tie_word_embeddings=True,
+    )
+
+
+def _random_projector(config: LlavaConfig) -> dict[str, torch.Tensor]:
+    """Weights of an untrained projector, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    width, out = config.vision_config.hidden_size, config.text_config.hidden_size
+    weights: dict[str, torch.Tensor] = {}
+    for name, columns in (("linear_1", width), ("linear_2", out)):
+        key = f"model.multi_modal_projector.{name}"
+        weights[f"{key}.weight"] = torch.randn(out, columns, generator=generator) * columns**-0.5
+        weights[f"{key}.bias"] = torch.zeros(out)
+    return weights
+
+
+def read_adapter(path: Path) -> tuple[dict[str, torch.Tensor], float]:
+    """Tensors and LoRA scale of an adapter file; checked against the sha256 in the json beside it, if there is one."""
+    described = path.with_suffix(".json")
+    if described.exists():
+        expected = json.loads(described.read_text())["sha256"]
+        if (found := sha256_of(path)) != expected:
+            raise ChecksumError(
+                f"{path.name} does not belong to {described.name}: sha256 is {found}, expected {expected}. "
+                "Restore both files from the same commit."
+            )
+    with safe_open(path, "pt") as file:
+        scale = float(file.metadata()["lora_scale"])
+        return {key: file.get_tensor(key) for key in file.keys()}, scale  # noqa: SIM118 (not a mapping)
+
+
+def load_petite_vlm(
+    adapter: str | Path | None = ADAPTER,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    image_size: int = 168,
+) -> tuple[LlavaForConditionalGeneration, PetiteProcessor]:
+    """The trained model, in eval mode on the CPU, and its processor.
+
+    `adapter=None` gives the untrained assembly (random projector). `image_size` is a multiple of 14; the adapter was
+    trained at 168 pixels, which is 144 image tokens.
+    """
+    language, vision = language_dir(), vision_dir()
+    tokenizer = AutoTokenizer.from_pretrained(language)
+    config = build_config(
+        LlamaConfig.from_pretrained(language),
+        Dinov2Config.from_pretrained(vision),
+        tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+    )
+    weights = {f"model.language_model.{k}": v for k, v in load_file(language / WEIGHTS).items()}
+    weights |= {f"model.vision_tower.{k}": v for k, v in load_file(vision / WEIGHTS).items()}
+    if adapter is not None:
+        tensors, scale = read_adapter(Path(adapter))
+        merge_lora(weights, tensors, scale, prefix="model.language_model.")
+        for key, value in tensors.items():
+            if key.startswith("projector."):
+                weights[f"model.multi_modal_projector.{key.removeprefix('projector.')}"] = value
+    else:
+        weights |= _random_projector(config)
+    weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
+    model = LlavaForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attn_implementation
+    )
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model.eval(), PetiteProcessor(tokenizer, image_size=image_size, patch_size=config.vision_config.patch_size)

@@ -1,0 +1,226 @@
+"""Fills in what a site is: whose module, which layer of which tower, which cache and what kind of attention.
+
+Evidence comes from the graph (paths of the module stack, in-place writes, outputs) and from the module itself where it
+can still be reached. Names of models or classes are never asked.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import fx
+
+from avl_fx.passes.context import PassContext
+from avl_fx.passes.nodes import METADATA_OPS, VIEW_OPS, alias_root, arg, fake, mutated_input, op, shape, writes_to
+from avl_fx.passes.site import Site
+
+__all__ = ["describe_site", "module_path", "reaches_output"]
+
+_LOCAL = re.compile(r"^L\['(?P<name>[^']+)'\]")
+_MODULES = re.compile(r"\._modules\['([^']+)'\]")
+_INDEX = re.compile(r"\[(\d+)\]")
+_SEARCH_LIMIT = 400
+
+
+def module_path(node: fx.Node) -> tuple[str, str, type | str] | None:
+    """``(local, path, class)`` of the innermost module that ``node`` came from.
+
+    ``local`` is the Python local of the traced frame that the path starts at, usually ``self``; ``path`` is dotted and
+    may be empty.
+    """
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    raw, cls = list(stack.values())[-1]
+    found = _LOCAL.match(raw)
+    local = found["name"] if found else ""
+    path = _INDEX.sub(r".\1", _MODULES.sub(r".\1", raw[found.end() :] if found else raw))
+    return local, path.replace("._modules", "").strip("."), cls
+
+
+def describe_site(site: Site, anchor: fx.Node, query: Any, key: Any, value: Any, ctx: PassContext) -> None:
+    """Fill ``site`` from its nodes; any of ``query``, ``key``, ``value`` may be unknown (``None``)."""
+    _describe_tensors(site, query, key, value)
+    module = _describe_module(site, anchor, ctx)
+    site.cache = _cache_kind(key) if isinstance(key, fx.Node) else "none"
+    site.kind = _kind(module, query, key)
+    site.role = _role(site, module, anchor, ctx)
+
+
+def _describe_tensors(site: Site, query: Any, key: Any, value: Any) -> None:
+    query_shape, key_shape, value_shape = shape(query), shape(key), shape(value)
+    if query_shape is not None and len(query_shape) == 4:
+        site.batch, site.queries = _plain(query_shape[0]), _plain(query_shape[2])
+        site.heads, site.head_dim = _known(query_shape[1]), _known(query_shape[3])
+    if key_shape is not None and len(key_shape) == 4:
+        site.kv_heads, site.keys = _known(key_shape[1]), _plain(key_shape[2])
+    if value_shape is not None and len(value_shape) == 4:
+        site.value_dim = _known(value_shape[3])
+    for node in (query, value):
+        tensor = fake(node)
+        if isinstance(tensor, torch.Tensor):
+            site.dtype, site.device = str(tensor.dtype).removeprefix("torch."), tensor.device.type
+            break
+
+
+def _plain(size: Any) -> int | str:
+    return size if isinstance(size, int) else str(size)
+
+
+def _known(size: Any) -> int:
+    """A head count or dimension; 0 where it is symbolic, and the site refused."""
+    return size if isinstance(size, int) else 0
+
+
+def _describe_module(site: Site, anchor: fx.Node, ctx: PassContext) -> torch.nn.Module | None:
+    found = module_path(anchor)
+    if found is None:
+        return None
+    local, path, cls = found
+    site.module_path = path
+    site.module_class = cls if isinstance(cls, str) else cls.__name__
+    module = ctx.resolve_module(f"{local}.{path}" if path else local)
+    parts = path.split(".")
+    indices = [i for i, part in enumerate(parts) if part.isdigit()]
+    if indices:
+        site.layer = int(parts[indices[-1]])
+        site.tower = ".".join(parts[: indices[-1]])
+        layers = ctx.resolve_module(f"{local}.{site.tower}")
+        if isinstance(layers, torch.nn.ModuleList | torch.nn.Sequential):
+            site.depth = len(layers)
+    else:
+        # A graph of one layer: its path starts inside the layer, but the module may know its own number.
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int):
+            site.layer, site.tower = number, site.module_class
+    return module
+
+
+def _kind(module: torch.nn.Module | None, query: Any, key: Any) -> str:
+    if isinstance(query, fx.Node) and isinstance(key, fx.Node):
+        from_query, from_key = _projected_from(query), _projected_from(key)
+        if from_query and not (from_query & from_key) and (from_key or not _appended(key)):
+            return "cross"
+    if getattr(module, "is_cross_attention", False) is True:
+        return "cross"
+    if getattr(module, "is_sliding", False) is True or isinstance(getattr(module, "sliding_window", None), int):
+        return "sliding"
+    return "full"
+
+
+def _projected_from(node: fx.Node) -> set[fx.Node]:
+    """Inputs of the nearest projections (linear layers) above ``node``."""
+    found: set[fx.Node] = set()
+    seen, pending = {node}, [node]
+    while pending and len(seen) < _SEARCH_LIMIT:
+        current = pending.pop()
+        if op(current) in ("linear", "addmm"):
+            source = current.args[1] if op(current) == "addmm" else current.args[0]
+            if isinstance(source, fx.Node):
+                found.add(alias_root(source))
+            continue
+        for upper in _sources(current):
+            if upper not in seen:
+                seen.add(upper)
+                pending.append(upper)
+    return found
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """What ``node`` is made from, including what is written into its buffer (a static cache)."""
+    sources = list(node.all_input_nodes)
+    for write in writes_to(alias_root(node)):
+        sources += write.all_input_nodes
+    return sources
+
+
+def _appended(key: fx.Node) -> bool:
+    """Whether this graph adds keys of its own to a cache."""
+    root = alias_root(key)
+    return op(root) == "cat" or bool(writes_to(root))
+
+
+def _cache_kind(key: fx.Node) -> str:
+    root = alias_root(key)
+    if writes_to(root) or _copied_to_buffer(root):
+        return "static"
+    if reaches_output(root):
+        return "dynamic"
+    return "none"
+
+
+def _copied_to_buffer(root: fx.Node) -> bool:
+    """Whether ``root`` or a view of it is written into a buffer: a static window that a long prompt overfills."""
+    pending, seen = [root], {root}
+    while pending:
+        for user in pending.pop().users:
+            if mutated_input(user) is not None and mutated_input(user) not in seen:
+                return True
+            if op(user) in VIEW_OPS and user not in seen and user.args[0] in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def reaches_output(node: fx.Node) -> bool:
+    """Whether ``node`` or a view of it is returned by the graph."""
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            if user.op == "output":
+                return True
+            if op(user) in VIEW_OPS - METADATA_OPS and user not in seen and user.args[0] in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _role(site: Site, module: torch.nn.Module | None, anchor: fx.Node, ctx: PassContext) -> str:
+    if site.kind == "cross":
+        return "cross"
+    declared = getattr(module, "is_causal", None)
+    if site.cache != "none" or site.mask == "causal" or declared is True:
+        return "decoder"
+    if module in ctx.decoder_modules:
+        # A prefix that sees itself whole (PaliGemma): not causal, and without a cache nothing else tells.
+        return "decoder"
+    if declared is False:
+        return "encoder"
+    mask = arg(anchor, 3, "attn_mask") if op(anchor) == "scaled_dot_product_attention" else None
+    if site.mask == "none":
+        return "encoder"
+    if isinstance(mask, fx.Node) and not _looks_causal(mask):
+        return "unknown"
+    return "decoder" if _looks_causal(mask if isinstance(mask, fx.Node) else anchor) else "unknown"
+
+
+def _looks_causal(node: fx.Node) -> bool:
+    """Whether a mask is made by comparing positions, or cut to a triangle."""
+    pending, seen = [node], {node}
+    while pending and len(seen) < _SEARCH_LIMIT:
+        current = pending.pop()
+        if op(current) in ("tril", "triu", "tril_", "triu_"):
+            return True
+        if op(current) in ("le", "ge", "lt", "gt") and any(_from_arange(n) for n in current.all_input_nodes):
+            return True
+        for upper in current.all_input_nodes:
+            # The mask's own history, not the hidden states': projections end the search.
+            if upper not in seen and op(upper) not in ("linear", "addmm"):
+                seen.add(upper)
+                pending.append(upper)
+    return False
+
+
+def _from_arange(node: fx.Node) -> bool:
+    pending, seen = [node], {node}
+    while pending and len(seen) < 50:
+        current = pending.pop()
+        if op(current) == "arange":
+            return True
+        for upper in current.all_input_nodes:
+            if upper not in seen:
+                seen.add(upper)
+                pending.append(upper)
+    return False

@@ -1,0 +1,25 @@
+"""Stage 6: the graph's outputs as the runtime expects them.
+
+Dropped keys are taken out (the runtime puts a marker in their place) and discovered visual positions are appended (the
+runtime takes them off again and carries them to the graphs that follow).
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from avl_fx.passes.context import PassContext
+from avl_fx.passes.site import PassResult
+
+__all__ = ["finish_outputs"]
+
+
+def finish_outputs(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+    """Remove the output positions that `share_queries` emptied; append the visual positions."""
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    emptied = {d.output for d in ctx.dropped_keys if d.like_output is not None}
+    returned = [n for i, n in enumerate(output.args[0]) if i not in emptied]
+    if ctx.visual is not None and ctx.visual.node is not None:
+        returned.append(ctx.visual.node)
+    output.args = (tuple(returned),)
+    return PassResult("finish_outputs", count=len(emptied))

@@ -1,0 +1,283 @@
+"""Reading FX nodes of a Dynamo graph: one name per operator, shapes, aliases and in-place writes.
+
+Dynamo writes the same operator as a function, a method or an operator (`torch.add`, `x.add`, `x + y`), so the passes
+ask for *names*, never for targets.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = [
+    "METADATA_OPS",
+    "VIEW_OPS",
+    "alias_root",
+    "aliases",
+    "arg",
+    "const",
+    "fake",
+    "mutated_input",
+    "mutated_inputs",
+    "mutations",
+    "number",
+    "op",
+    "same_shape",
+    "same_size",
+    "shape",
+    "tensor_inputs",
+    "where_args",
+    "writes_to",
+    "written_between",
+]
+
+_FUNCTION_NAMES: dict[Any, str] = {
+    operator.getitem: "getitem",
+    operator.setitem: "setitem",
+    operator.add: "add",
+    operator.iadd: "add_",
+    operator.sub: "sub",
+    operator.isub: "sub_",
+    operator.mul: "mul",
+    operator.imul: "mul_",
+    operator.truediv: "div",
+    operator.itruediv: "div_",
+    operator.matmul: "matmul",
+    operator.neg: "neg",
+    operator.invert: "bitwise_not",
+    # By their own names these would look like methods that write.
+    operator.and_: "bitwise_and",
+    operator.or_: "bitwise_or",
+    operator.not_: "logical_not",
+    operator.is_: "is",
+    operator.iand: "bitwise_and_",
+    operator.ior: "bitwise_or_",
+    operator.ixor: "bitwise_xor_",
+    operator.ifloordiv: "floor_divide_",
+    operator.imod: "remainder_",
+    operator.ipow: "pow_",
+    torch.nn.functional.scaled_dot_product_attention: "scaled_dot_product_attention",
+    torch.nn.functional.softmax: "softmax",
+    torch.nn.functional.dropout: "dropout",
+    torch.nn.functional.linear: "linear",
+    torch.true_divide: "div",
+    torch.divide: "div",
+    torch.multiply: "mul",
+    torch.concat: "cat",
+    torch.concatenate: "cat",
+    torch.swapaxes: "transpose",
+    torch.swapdims: "transpose",
+    torch.special.softmax: "softmax",
+}
+_METHOD_NAMES = {
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "__getitem__": "getitem",
+}
+# Dynamo writes these attributes as `getattr(x, "mT")`.
+_ATTRIBUTE_VIEWS = frozenset({"T", "H", "mT", "mH", "real", "imag"})
+
+VIEW_OPS = frozenset(
+    {"getitem", "view", "view_as", "reshape", "transpose", "permute", "expand", "expand_as", "unsqueeze", "squeeze"}
+    | {"flatten", "unflatten", "ravel", "narrow", "select", "diagonal", "unfold", "as_strided", "contiguous", "detach"}
+    | {"movedim", "moveaxis", "t", "adjoint", "view_as_real", "view_as_complex", "reshape_as", "broadcast_to", "alias"}
+    | {"split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "chunk", "unbind", "swapaxes"}
+    | {"to", "type", "type_as", "float", "half", "bfloat16", "double", "cpu", "cuda", "_get_data_attr"}
+    | _ATTRIBUTE_VIEWS
+)
+"""May return an alias of their first argument. Ops that sometimes copy count as aliases: that is the safe side."""
+
+METADATA_OPS = frozenset(
+    {"size", "numel", "dim", "stride", "shape", "ndimension", "is_contiguous", "storage_offset", "element_size"}
+)
+"""Read a tensor's description and never its elements."""
+
+_INPLACE_EXEMPT = frozenset({"requires_grad_", "__getitem__", "and_", "or_", "not_", "is_"})
+"""Names with a trailing underscore that write nothing; Python's operator module spells its keywords so."""
+
+
+def op(node: Any) -> str:
+    """Name of the operator that ``node`` applies, or ``""`` for placeholders, outputs and non-nodes."""
+    if not isinstance(node, fx.Node):
+        return ""
+    if node.op == "call_method":
+        return _METHOD_NAMES.get(str(node.target), str(node.target))
+    if node.op == "call_function":
+        name = _FUNCTION_NAMES.get(node.target) if _hashable(node.target) else None
+        if name is not None:
+            return name
+        if node.target is getattr and node.args[1] in _ATTRIBUTE_VIEWS:
+            return str(node.args[1])
+        overload = _overload(node)
+        if overload is not None:
+            return overload._schema.name.split("::")[-1]
+        return getattr(node.target, "__name__", str(node.target))
+    return ""
+
+
+def _overload(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The operator overload that ``node`` calls; Dynamo writes the packet where the model does."""
+    if isinstance(node.target, torch._ops.OpOverloadPacket) and len(node.target.overloads()) == 1:
+        return getattr(node.target, node.target.overloads()[0])
+    return node.target if isinstance(node.target, torch._ops.OpOverload) else None
+
+
+def _hashable(target: Any) -> bool:
+    try:
+        hash(target)
+    except TypeError:
+        return False
+    return True
+
+
+def fake(node: Any) -> Any:
+    """The fake value Dynamo recorded for ``node`` (``None`` where there is none)."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def shape(node: Any) -> tuple[Any, ...] | None:
+    """Shape of the tensor that ``node`` makes, ints and SymInts; ``None`` for anything else."""
+    value = fake(node)
+    return tuple(map(_known, value.shape)) if isinstance(value, torch.Tensor) else None
+
+
+def _known(size: Any) -> Any:
+    """An int for a SymInt that earlier guards have fixed."""
+    fixed = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return size if fixed is None else fixed
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Equal without asking the shape environment for a new guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return str(a) == str(b)
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    """Whether two nodes make tensors of one shape; no guard either."""
+    left, right = shape(a), shape(b)
+    if left is None or right is None or len(left) != len(right):
+        return False
+    return all(map(same_size, left, right))
+
+
+def arg(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """Argument of a call whether it was passed by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def where_args(node: fx.Node) -> tuple[Any, Any, Any]:
+    """Condition, value where it holds, value elsewhere. The method, ``x.where(condition, y)``, starts with a value."""
+    if node.op == "call_method":
+        return arg(node, 1, "condition"), node.args[0], arg(node, 2, "other")
+    return arg(node, 0, "condition"), arg(node, 1, "input"), arg(node, 2, "other")
+
+
+def const(value: Any) -> float | None:
+    """A Python number held by ``value``; ``None`` when it is a node, a SymInt or no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
+
+
+def number(value: Any) -> float | None:
+    """`const`, and the value of a Python float that Dynamo made symbolic.
+
+    With ``dynamic=True`` the float attributes of modules (a model's ``self.scaling``) come as inputs of the graph.
+    Reading one installs a guard on its value; an expression over sizes is never read, it would fix those sizes.
+    """
+    known = const(value)
+    if known is None and op(value) == "item" and value.args[0].op == "placeholder":
+        symbolic = fake(value)
+        if isinstance(symbolic, torch.SymFloat) and symbolic.node.has_hint():
+            return float(symbolic)
+    return known
+
+
+def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:
+    """Input nodes of ``node`` that make tensors, lists looked into."""
+    return (n for n in node.all_input_nodes if isinstance(fake(n), torch.Tensor))
+
+
+def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The tensors that ``node`` writes to in place.
+
+    Covers ``x.op_(...)``, ``x[...] = y``, functions with ``out=`` and custom operators whose schema says so.
+    """
+    written: list[Any] = []
+    if node.op == "call_method":
+        name = str(node.target)
+        inplace = name.endswith("_") and not name.endswith("__") and name not in _INPLACE_EXEMPT
+        written = [node.args[0]] if inplace or name == "__setitem__" else []
+    elif node.op == "call_function":
+        name, overload = op(node), _overload(node)
+        if overload is not None:
+            arguments = enumerate(overload._schema.arguments)
+            written = [arg(node, i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]
+        elif name == "setitem" or (name.endswith("_") and not name.endswith("__") and not name.startswith("_")):
+            written = list(node.args[:1])
+        else:
+            written = [node.kwargs.get("out")]
+    return tuple(target for target in written if isinstance(target, fx.Node))
+
+
+def mutated_input(node: fx.Node) -> fx.Node | None:
+    """The first tensor that ``node`` writes to in place, or ``None``."""
+    return next(iter(mutated_inputs(node)), None)
+
+
+def mutations(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """All in-place writes, in program order."""
+    return [n for n in nodes if mutated_input(n) is not None]
+
+
+def alias_root(node: fx.Node) -> fx.Node:
+    """The node whose storage ``node`` may share: views and results of in-place ops walked back."""
+    seen = node
+    while True:
+        target = mutated_input(seen)
+        if target is not None:
+            seen = target
+        elif op(seen) in VIEW_OPS and seen.args and isinstance(seen.args[0], fx.Node):
+            seen = seen.args[0]
+        else:
+            return seen
+
+
+def aliases(root: fx.Node) -> list[fx.Node]:
+    """``root``, its views and the results of in-place writes to it."""
+    found, pending, seen = [root], [root], {root}
+    while pending:
+        current = pending.pop()
+        for user in current.users:
+            view = op(user) in VIEW_OPS and user.args and user.args[0] is current
+            if user not in seen and (view or current in mutated_inputs(user)):
+                seen.add(user)
+                found.append(user)
+                pending.append(user)
+    return found
+
+
+def writes_to(root: fx.Node) -> list[fx.Node]:
+    """In-place writes to the storage of ``root``, also through views."""
+    return [n for n in aliases(root) if any(alias_root(target) is root for target in mutated_inputs(n))]
+
+
+def written_between(tensor: fx.Node, first: fx.Node, last: fx.Node) -> bool:
+    """Whether an in-place write to the storage of ``tensor`` stands from ``first`` to before ``last``."""
+    root, node = alias_root(tensor), first
+    while node is not last and node.op != "root":
+        if root in map(alias_root, mutated_inputs(node)):
+            return True
+        node = node.next
+    return False

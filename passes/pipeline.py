@@ -1,0 +1,49 @@
+"""The ordered table of stages, and the loop that runs, times and verifies them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from torch import fx
+
+from avl_fx.passes.context import PassContext
+from avl_fx.passes.find_attention import find_attention
+from avl_fx.passes.finish_outputs import finish_outputs
+from avl_fx.passes.locate_modalities import locate_modalities
+from avl_fx.passes.lower import lower
+from avl_fx.passes.share_queries import share_queries
+from avl_fx.passes.site import PassResult
+from avl_fx.passes.verify import GraphFacts, verify
+
+__all__ = ["STAGES", "run_stages"]
+
+Pass = Callable[[fx.GraphModule, PassContext], PassResult]
+
+STAGES: tuple[Pass, ...] = (
+    find_attention,  # every attention call -> one canonical avl::attention node
+    locate_modalities,  # where the row-wise visual positions come from
+    share_queries,  # lazy blocks inherit queries and keys; dead projections and key writes go
+    lower,  # canonical nodes -> operators Inductor knows
+    finish_outputs,  # outputs as the runtime expects them
+)
+"""All stages, in the order they run. A new pass is one new file and one line here."""
+
+
+def run_stages(gm: fx.GraphModule, ctx: PassContext, stages: tuple[Pass, ...] = STAGES) -> list[PassResult]:
+    """Run ``stages`` on ``gm`` in place, with the IR verifier after each.
+
+    Raises:
+        VerifierError: when a stage breaks a rule; ``gm`` must then be thrown away.
+    """
+    ctx.initially_unused = frozenset(n for n in gm.graph.nodes if not n.users and n.op != "output")
+    facts = GraphFacts.of(gm)
+    results = []
+    for stage in stages:
+        start = time.perf_counter()
+        result = stage(gm, ctx)
+        facts = verify(gm, facts, ctx, result)
+        result.seconds = time.perf_counter() - start
+        results.append(result)
+    gm.recompile()
+    return results

@@ -1,0 +1,176 @@
+"""Writing to a Dynamo graph: new nodes that carry their fake value, and dead code that a rewrite left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from avl_fx.passes.nodes import METADATA_OPS, VIEW_OPS, alias_root, fake, mutated_inputs, op, shape
+
+__all__ = ["insert_call", "insert_traced", "remove_dead"]
+
+
+def insert_call(before: fx.Node, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+    """Insert ``target(*args, **kwargs)`` before ``before`` with its fake value recorded.
+
+    A string names a tensor method. Every new node needs ``meta["example_value"]``: Inductor's caches are bypassed, and
+    the verifier fails, without it.
+    """
+    graph = before.graph
+    with graph.inserting_before(before):
+        if isinstance(target, str):
+            node = graph.call_method(target, args, kwargs)
+        else:
+            node = graph.call_function(target, args, kwargs)
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        if key in before.meta:
+            node.meta[key] = before.meta[key]
+    # Not pytree: nodes may stand in slices.
+    fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), fake)
+    with _fake_mode_of(fake_args, fake_kwargs):
+        if isinstance(target, str):
+            node.meta["example_value"] = getattr(fake_args[0], target)(*fake_args[1:], **fake_kwargs)
+        else:
+            node.meta["example_value"] = target(*fake_args, **fake_kwargs)
+    return node
+
+
+def _fake_mode_of(*trees: Any) -> contextlib.AbstractContextManager[Any]:
+    for leaf in pytree.tree_leaves(trees):
+        mode = getattr(leaf, "fake_mode", None)
+        if mode is not None:
+            return mode
+    return contextlib.nullcontext()
+
+
+class _Value:
+    """Stands for a node inside a lowering: tensor functions on it insert nodes, shapes read the fake value."""
+
+    def __init__(self, node: fx.Node, before: fx.Node) -> None:
+        self._node, self._before = node, before
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return shape(self._node) or ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return fake(self._node).dtype
+
+    def dim(self) -> int:
+        return fake(self._node).dim()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = next(leaf._before for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, cls))
+        node_args, node_kwargs = pytree.tree_map(_unwrap, (args, kwargs or {}))
+        return cls(insert_call(before, func, *node_args, **node_kwargs), before)
+
+    def __getitem__(self, index: Any) -> _Value:
+        return _Value(insert_call(self._before, operator.getitem, self._node, index), self._before)
+
+    def __getattr__(self, name: str) -> Callable[..., _Value]:
+        def call(*args: Any, **kwargs: Any) -> _Value:
+            node_args, node_kwargs = pytree.tree_map(_unwrap, (args, kwargs))
+            return _Value(insert_call(self._before, name, self._node, *node_args, **node_kwargs), self._before)
+
+        return call
+
+
+def _unwrap(value: Any) -> Any:
+    return value._node if isinstance(value, _Value) else value
+
+
+def insert_traced(before: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
+    """Insert what ``function`` does to its arguments, node by node, before ``before``.
+
+    Lowerings are written as plain PyTorch functions on tensors, and tested as such; this inlines one into the graph so
+    that Inductor sees its operators. Only tensor methods, ``shape``, ``dtype``, ``dim()`` and functions with
+    ``__torch_function__`` may be used on the arguments.
+    """
+    values = [_Value(a, before) if isinstance(a, fx.Node) else a for a in args]
+    result = function(*values)
+    return result._node
+
+
+def remove_dead(
+    graph: fx.Graph,
+    initially_unused: Collection[fx.Node],
+    removable: Collection[fx.Node] = (),
+    keep: Collection[fx.Node] = (),
+) -> list[str]:
+    """Remove what a rewrite left unused, and writes to ``removable`` buffers that nothing reads any more.
+
+    FX's own elimination either keeps every in-place write or drops live ones; here a write lives as long as its buffer
+    is observable.
+
+    Args:
+        graph: a Dynamo graph.
+        initially_unused: nodes that had no users *before* the rewrite. They were kept by Dynamo for their effects
+            (guards, in-place writes, logging) and stay.
+        removable: buffers whose writes may go when nothing else in the graph reads their elements: the static key
+            caches of lazy layers.
+        keep: nodes that a later stage will use.
+
+    Returns:
+        Names of the in-place writes that were removed, in program order.
+    """
+    nodes = list(graph.nodes)
+    writes = {node: {alias_root(t) for t in mutated_inputs(node)} for node in nodes if mutated_inputs(node)}
+
+    live: set[fx.Node] = set()
+    pending: list[fx.Node] = []
+
+    def mark(node: fx.Node) -> None:
+        if node not in live:
+            live.add(node)
+            pending.append(node)
+
+    for node in nodes:
+        if node.op in ("placeholder", "output"):
+            live.add(node)
+        if node.op == "output":
+            pending.append(node)
+        elif node in writes:
+            if any(root.op in ("placeholder", "get_attr") and root not in removable for root in writes[node]):
+                mark(node)
+        elif node in initially_unused or node in keep:
+            mark(node)
+
+    while True:
+        while pending:
+            for used in pending.pop().all_input_nodes:
+                mark(used)
+        # A write to a buffer made in the graph, or to a removable one, lives when a live node reads that buffer. That a
+        # removable buffer is returned does not count: its elements are what the rewrite gave up.
+        readers = {
+            root
+            for node in live
+            if not _describes(node)
+            for root in map(alias_root, node.all_input_nodes)
+            if node.op != "output" or root not in removable
+        }
+        for node, roots in writes.items():
+            if node not in live and roots & readers:
+                mark(node)
+        if not pending:
+            break
+
+    dropped = []
+    for node in reversed(nodes):
+        if node not in live:
+            if node in writes:
+                dropped.append(node.name)
+            graph.erase_node(node)
+    return dropped[::-1]
+
+
+def _describes(node: fx.Node) -> bool:
+    """Reads no element of its inputs: metadata, or a view that may itself be unread."""
+    return op(node) in METADATA_OPS or (op(node) in VIEW_OPS and node.op != "output")

@@ -1,0 +1,154 @@
+"""Stage 3: lazy layers read their anchor's queries and keys (Q Cache, arXiv 2602.01901, mode ``gla``).
+
+In a lazy block the first layer is the anchor. Every other layer keeps its own values, mask and output projection, but
+attends with the anchor's query and key. What only fed its own query and key (projections, norms, RoPE, the key write of
+its cache) is then dead and removed.
+
+The keys of a lazy layer are *not stored*. Where the graph returned them, the rewritten graph returns nothing and the
+runtime puts a marker (see `avl_fx.dropped_keys`); where it wrote them into a static buffer, the write goes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch import fx
+
+from avl_fx.passes.context import PassContext
+from avl_fx.passes.drop_keys import drop_keys
+from avl_fx.passes.nodes import alias_root, mutated_input
+from avl_fx.passes.rewrite import remove_dead
+from avl_fx.passes.site import PassResult, Reason, Site, Status
+
+__all__ = ["DECODER_ROLES", "decoder_sites", "share_queries"]
+
+DECODER_ROLES = ("decoder", "cross")
+"""Roles of sites that the plan's layer numbers mean."""
+
+_QUERY, _KEY, _VALUE, _MASK, _SCALE, _CAUSAL = range(6)
+
+
+def share_queries(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+    """Apply ``ctx.plan.lazy_policy`` to the decoder's sites."""
+    result = PassResult("share_queries")
+    policy = ctx.plan.lazy_policy
+    if policy is None:
+        return result
+    by_layer = _by_layer(ctx)
+    removable: list[fx.Node] = []
+    for site in decoder_sites(ctx):
+        anchor_layer = None if site.layer is None else policy.anchor_of(site.layer)
+        if site.layer is None:
+            result.refuse(site, Reason.LAYER_UNKNOWN)
+        elif anchor_layer is not None and site.status is not Status.REFUSED:
+            anchor = _anchor(by_layer, anchor_layer, site)
+            refusal = _why_not(site, anchor)
+            if refusal is not None:
+                result.refuse(site, *refusal)
+                continue
+            assert anchor is not None
+            refusal = _share(gm, site, anchor, ctx, removable)
+            if refusal is not None:
+                result.refuse(site, *refusal)
+                continue
+            site.status, site.action = Status.REWRITTEN, f"lazy (anchor {anchor_layer})"
+            anchor.status, anchor.action = Status.REWRITTEN, "anchor"
+            result.count += 1
+    result.dropped_mutations = tuple(remove_dead(gm.graph, ctx.initially_unused, removable, ctx.keep()))
+    return result
+
+
+def decoder_sites(ctx: PassContext) -> list[Site]:
+    """Sites of the language decoder, cross-attention included; the plan's layer numbers mean these."""
+    towers = {s.tower for s in ctx.sites if s.role == "decoder"}
+    return [s for s in ctx.sites if s.role in DECODER_ROLES and s.tower in towers]
+
+
+def _by_layer(ctx: PassContext) -> dict[int, list[Site]]:
+    found: dict[int, list[Site]] = defaultdict(list)
+    for site in decoder_sites(ctx):
+        if site.layer is not None:
+            found[site.layer].append(site)
+    return found
+
+
+def _anchor(by_layer: dict[int, list[Site]], layer: int, site: Site) -> Site | None:
+    candidates = [s for s in by_layer.get(layer, []) if s.tower == site.tower]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _why_not(site: Site, anchor: Site | None) -> tuple[Reason, str] | None:
+    """Why ``site`` cannot inherit from ``anchor``; ``None`` when it can."""
+    if anchor is None:
+        return Reason.ANCHOR_ELSEWHERE, "compile the whole decoder as one graph: avl_fx.compile(model, plan=...)"
+    if site.kind == "cross" or anchor.kind != site.kind:
+        return Reason.ANCHOR_KIND, f"{site.kind}, anchor {anchor.kind}"
+    if anchor.status is Status.REFUSED or anchor.node is None or site.node is None:
+        return Reason.ANCHOR_REFUSED, str(anchor.reason)
+    own = (site.heads, site.kv_heads, site.head_dim, site.dtype, site.batch, site.queries)
+    theirs = (anchor.heads, anchor.kv_heads, anchor.head_dim, anchor.dtype, anchor.batch, anchor.queries)
+    if own != theirs:
+        return Reason.ANCHOR_GEOMETRY, f"{own}, anchor {theirs}"
+    if isinstance(site.keys, int) and isinstance(anchor.keys, int) and site.keys != anchor.keys:
+        return Reason.ANCHOR_GEOMETRY, f"{site.keys} keys, anchor {anchor.keys}"
+    if site.node.args[_SCALE] != anchor.node.args[_SCALE]:
+        return Reason.ANCHOR_SCALE, f"{site.node.args[_SCALE]}, anchor {anchor.node.args[_SCALE]}"
+    if site.node.args[_CAUSAL] != anchor.node.args[_CAUSAL] or not _same_value(
+        site.node.args[_MASK], anchor.node.args[_MASK]
+    ):
+        return Reason.ANCHOR_MASK, ""
+    if _written_between(anchor.node, site.node):
+        return Reason.MUTATION, "the anchor's keys are written again before the lazy layer"
+    return None
+
+
+def _same_value(a: Any, b: Any, depth: int = 6) -> bool:
+    """Whether two arguments are the same value: one node, or the same operators on the same nodes."""
+    if a is b:
+        return True
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        if depth == 0 or a.op != b.op or a.target != b.target or a.op == "placeholder":
+            return False
+        if mutated_input(a) is not None or mutated_input(b) is not None:
+            return False
+        return _same_value((a.args, a.kwargs), (b.args, b.kwargs), depth - 1)
+    if isinstance(a, slice) and isinstance(b, slice):
+        if (a.start, a.step) != (b.start, b.step):
+            return False
+        # `mask[..., :keys]`: both lengths are the layer's own key count, and those have to agree for the attention.
+        return a.stop is b.stop or a.stop == b.stop or not (isinstance(a.stop, int) or isinstance(b.stop, int))
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(_same_value(x, y, depth) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same_value(a[k], b[k], depth) for k in a)
+    return type(a) is type(b) and bool(a == b)
+
+
+def _written_between(anchor: fx.Node, site: fx.Node) -> bool:
+    roots = {alias_root(anchor.args[i]) for i in (_QUERY, _KEY)}  # type: ignore[arg-type]
+    node = anchor.next
+    while node is not site and node.op != "root":
+        target = mutated_input(node)
+        if target is not None and alias_root(target) in roots:
+            return True
+        node = node.next
+    return False
+
+
+def _share(
+    gm: fx.GraphModule, site: Site, anchor: Site, ctx: PassContext, removable: list[fx.Node]
+) -> tuple[Reason, str] | None:
+    """Point ``site`` at the anchor's query and key and let go of its own keys; undone when those escape."""
+    assert site.node is not None
+    assert anchor.node is not None
+    own_query, own_key = site.node.args[_QUERY], site.node.args[_KEY]
+    assert isinstance(own_key, fx.Node)
+    value = site.node.args[_VALUE]
+    site.node.update_arg(_QUERY, anchor.node.args[_QUERY])
+    site.node.update_arg(_KEY, anchor.node.args[_KEY])
+    refusal = drop_keys(gm, site, own_key, value, ctx, removable)  # type: ignore[arg-type]
+    if refusal is not None:
+        site.node.update_arg(_QUERY, own_query)
+        site.node.update_arg(_KEY, own_key)
+    return refusal

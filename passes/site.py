@@ -1,0 +1,135 @@
+"""What the passes say about a graph: sites, reasons for leaving one alone, and what a pass returns."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import fx
+
+__all__ = ["PassResult", "Reason", "Site", "Status"]
+
+
+class Status(enum.StrEnum):
+    """Where a site ended."""
+
+    FOUND = "found"
+    """Canonical, and nothing in the plan asks for more: only un-repeated and lowered."""
+    REWRITTEN = "rewritten"
+    """A policy of the plan was applied."""
+    REFUSED = "refused"
+    """Left as the model wrote it, or dense where the plan asked for less, for a named reason."""
+
+
+class Reason(enum.StrEnum):
+    """Why a site, or a policy on a site, was refused. The value is what `explain` prints."""
+
+    DROPOUT = "dropout is active"
+    RANK = "query, key or value is not 4-dimensional"
+    BROADCAST = "query, key and value do not share their batch size"
+    HEADS = "head counts are symbolic or do not divide"
+    DTYPE = "query, key and value differ in dtype"
+    WEIGHTS_USED = "attention weights are used elsewhere"
+    LOGITS = "logits are not query @ key with one scale and one mask"
+    SOFTCAP = "logits are soft-capped"
+    SOFTMAX_DIM = "softmax is not over the keys"
+    MASK = "mask cannot be carried exactly"
+    FLEX = "flex_attention: its mask is a program"
+    MUTATION = "keys or values change between the site and its use"
+    DEVICE = "no lowering for this device"
+    LAYER_UNKNOWN = "decoder layer of the site is unknown"
+    ANCHOR_ELSEWHERE = "its anchor is in another graph"
+    ANCHOR_REFUSED = "its anchor is not a recognised site"
+    ANCHOR_KIND = "attends differently from its anchor (full, sliding or cross)"
+    ANCHOR_GEOMETRY = "heads, head dim or sequence differ from its anchor"
+    ANCHOR_MASK = "mask differs from its anchor's"
+    ANCHOR_SCALE = "scale differs from its anchor's"
+    KEYS_ESCAPE = "its keys leave the graph in a way that is not a cache"
+
+
+@dataclass
+class Site:
+    """One attention call in a graph: q, k, v, mask and scale, where k and v stand *before* `repeat_kv`.
+
+    Shapes are ints or, where symbolic, strings such as ``"s53 + 1"``.
+    """
+
+    index: int
+    style: str
+    """``sdpa``, ``softmax`` (matmul, softmax, matmul) or ``flex``."""
+    module_path: str | None = None
+    module_class: str | None = None
+    tower: str | None = None
+    """Module path of the tower's layers, for instance ``model.language_model.layers``."""
+    role: str = "unknown"
+    """``decoder``, ``encoder`` (bidirectional, no cache), ``cross`` or ``unknown``."""
+    layer: int | None = None
+    depth: int | None = None
+    """Number of layers of the tower, where the model tells."""
+    kind: str = "full"
+    """``full``, ``sliding`` or ``cross``, as the model's own module declares it."""
+    batch: int | str = 0
+    queries: int | str = 0
+    keys: int | str = 0
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    value_dim: int = 0
+    dtype: str = ""
+    device: str = ""
+    scale: float = 0.0
+    mask: str = "none"
+    """``none``, ``causal`` (a flag), ``bool`` or ``additive``."""
+    cache: str = "none"
+    """``none``, ``dynamic`` (cat), ``static`` (in-place write) or ``other``."""
+    unrepeated: bool = False
+    """The model repeated keys and values for its query heads; the canonical node reads them un-repeated."""
+    status: Status = Status.FOUND
+    reason: Reason | None = None
+    detail: str = ""
+    action: str = "dense"
+    visual: str = "none"
+    """Where this site's visual key positions come from; see `locate_modalities`."""
+
+    # Graph nodes; never serialised.
+    node: fx.Node | None = field(default=None, repr=False)
+    key_write: Any = field(default=None, repr=False)
+
+    def refuse(self, reason: Reason, detail: str = "") -> None:
+        """Record that this site (or the plan's policy on it) was left alone."""
+        self.status, self.reason, self.detail = Status.REFUSED, reason, detail
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for reports."""
+        nodes = {"node": self.node, "key_write": self.key_write}
+        self.node = self.key_write = None
+        try:
+            data = asdict(self)
+        finally:
+            self.node, self.key_write = nodes["node"], nodes["key_write"]
+        data.pop("node")
+        data.pop("key_write")
+        data["status"] = str(self.status)
+        data["reason"] = None if self.reason is None else str(self.reason)
+        return data
+
+
+@dataclass
+class PassResult:
+    """What one pass did to one graph."""
+
+    name: str
+    count: int = 0
+    """Sites that the pass rewrote (or, for an analysis, recognised)."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Reason -> number of sites left alone."""
+    dropped_mutations: tuple[str, ...] = ()
+    """Names of in-place writes that the pass removed on purpose; any other loss fails the verifier."""
+    seconds: float = 0.0
+
+    def refuse(self, site: Site, reason: Reason, detail: str = "") -> None:
+        """Refuse ``site`` and count the reason."""
+        site.refuse(reason, detail)
+        self.refused[str(reason)] += 1

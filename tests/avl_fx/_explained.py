@@ -1,0 +1,82 @@
+"""Reports that several tests read, each made once, and small models that take no time to explain."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import avl_fx
+from avl_fx.report import Report
+from tests.zoo import get
+
+BLOCK = (1, 3)
+LAZY = (2, 3)
+"""The lazy layers of `BLOCK`."""
+TOKENS = 3
+
+
+@cache
+def zoo_model(name: str) -> nn.Module:
+    return get(name).make()
+
+
+def own_loop(model: nn.Module, **inputs: Tensor) -> Any:
+    """What `run=` is for: the hand-written model has a generate of its own."""
+    return model.generate(**inputs, steps=TOKENS - 1)
+
+
+def explained(name: str, door: str = "torch.compile", lazy: bool = True, **settings: Any) -> Report:
+    """The report on a zoo model, batch of two ragged rows."""
+    return _explained(name, door, lazy, tuple(sorted({"new_tokens": TOKENS, **settings}.items())))
+
+
+@cache
+def _explained(name: str, door: str, lazy: bool, settings: tuple[tuple[str, Any], ...]) -> Report:
+    zoo, model = get(name), zoo_model(name)
+    plan = avl_fx.Plan.lazy([BLOCK]) if lazy else None
+    run = None if zoo.hf else own_loop
+    return avl_fx.explain(
+        model, plan, front_door=door, run=run, keep_graphs=True, **dict(settings), **zoo.inputs(model, 2)
+    )
+
+
+class Layer(nn.Module):
+    """Attention over heads of 8, without a cache; `rank` 3 leaves the batch out of it, which is refused."""
+
+    def __init__(self, rank: int = 4) -> None:
+        super().__init__()
+        self.rank = rank
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (2, 8)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rank == 3:
+            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1 * self.training, is_causal=True)
+        return x + out.reshape(x.shape[0], 2, -1, 8).transpose(1, 2).flatten(2)
+
+
+class Tiny(nn.Module):
+    """Layers without a config or a generate; explained in a second."""
+
+    def __init__(self, rank: int = 4, layers: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(rank) for _ in range(layers))
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def tiny(rank: int = 4) -> Tiny:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Tiny(rank).eval().requires_grad_(False)
+
+
+def tiny_inputs(length: int = 5) -> dict[str, Tensor]:
+    return {"x": torch.linspace(-1, 1, 2 * length * 16).view(2, length, 16)}

@@ -1,0 +1,238 @@
+"""The report as a table and as data."""
+
+import copy
+import dataclasses
+import io
+import json
+import pickle
+
+import pytest
+import torch
+from rich.console import Console
+
+import avl_fx
+from avl_fx._render import _lines
+from avl_fx._words import ascii_only, count, flops, kib, percent, ranges, seconds, symbols
+from avl_fx.errors import OptionError
+from avl_fx.report import Report, SiteReport
+from tests.avl_fx._explained import LAZY, explained, tiny, tiny_inputs
+
+SITE = SiteReport(
+    graph=0,
+    phases=("prefill",),
+    tower="layers",
+    role="decoder",
+    layer=0,
+    module_path="layers.0.attn",
+    module_class="Attention",
+    kind="full",
+    style="sdpa",
+    batch=1,
+    queries=5,
+    keys=5,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    value_dim=8,
+    dtype="float32",
+    device="cpu",
+    mask="bool",
+    cache="dynamic",
+    unrepeated=True,
+    visual="none",
+    status="rewritten",
+    action="dense",
+    reason=None,
+    detail="",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def llava() -> Report:
+    return explained("llava")
+
+
+@pytest.fixture(scope="module")
+def refusing() -> Report:
+    return avl_fx.explain(tiny(rank=3), **tiny_inputs())
+
+
+def sites(layers: range, **changes) -> list[SiteReport]:
+    return [dataclasses.replace(SITE, **{"layer": n, "module_path": f"layers.{n}.attn", **changes}) for n in layers]
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_table_is_ascii_and_fits(llava, refusing, width):
+    for report in (llava, refusing):
+        text = report.render(width=width, color=False)
+        assert text.isascii()
+        assert max(map(len, text.splitlines())) <= width
+        assert not [line for line in text.splitlines() if line != line.rstrip()]
+
+
+def test_table_says_what_matters(llava):
+    text = llava.render(width=100)
+    words = " ".join(text.split())
+    for part in (
+        "avl_fx explain: LlavaForConditionalGeneration",
+        "lazy: gla 1..3",
+        "torch.compile, compiler eager; 1 prefill, 2 decode",
+        "4 layers expected; prefill saw 4; decode saw 4",
+        "row 1: 3-18, 22-37, 40-55 (48 tokens)",
+        "Decoder model.language_model.layers: 4 layers of 4, heads 4, KV heads 2, head dim 16",
+        "1 x 66, 1 x n + 1",
+        "28 -> 24",
+        "q and k projections",
+        "keys of layers 2-3 are not stored",
+        "tracing and compiling",
+        "find_attention",
+        "* The vision encoder model.vision_tower ran eagerly",
+    ):
+        assert part in words, part
+    lazy = [line for line in text.splitlines() if "lazy (anchor 1)" in line]
+    assert len(lazy) == 2  # one line for prefill, one for decode
+    assert all(" 2-3 " in line for line in lazy)
+
+
+def test_table_shows_reasons(refusing):
+    words = " ".join(str(refusing).split())
+    assert "refused: query, key or value is not 4-dimensional" in words
+    assert "Layers 0-1 of layers refused (query, key or value is not 4-dimensional)" in words
+
+
+def test_brackets_are_no_markup(llava):
+    report = dataclasses.replace(llava, advice=("see [bold]this[/bold]",), plan_text="[red]é", stopped="[x]")
+    text = report.render(color=False)
+    assert "see [bold]this[/bold]" in text
+    assert "[red]?" in text
+    assert "[x]" in text
+
+
+def test_color_follows_the_terminal(llava, monkeypatch):
+    assert "\x1b[" not in str(llava)
+    assert "\x1b[" in llava.render(color=True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    text = str(llava)
+    assert "\x1b[" in text
+    plain = llava.render(width=70, color=False).splitlines()
+    assert len(text.splitlines()) == len(plain)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[3" not in str(llava)
+
+
+def test_rich_and_notebooks_show_it(llava):
+    console = Console(file=io.StringIO(), width=100)
+    console.print(llava)
+    assert "lazy (anchor 1)" in console.file.getvalue()
+    html = llava._repr_html_()
+    assert html.startswith("<pre")
+    assert "lazy (anchor 1)" in html
+
+
+def test_runs_of_equal_layers_share_a_line():
+    def lines(sites):
+        return [(phase, layers) for phase, layers, _ in _lines(sites)]
+
+    assert lines(sites(range(12))) == [("prefill", "0-11")]
+    assert lines(sites(range(2)) + sites(range(3, 5))) == [("prefill", "0-1"), ("prefill", "3-4")]
+    mixed = sites(range(1)) + sites(range(1, 3), kind="sliding") + sites(range(3, 4))
+    assert lines(mixed) == [("prefill", "0"), ("prefill", "1-2"), ("prefill", "3")]
+    both = sites(range(2)) + sites(range(2), graph=1, phases=("decode",)) + sites(range(2), graph=2, phases=("decode",))
+    assert lines(both) == [("prefill", "0-1"), ("decode", "0-1")]
+    assert lines(sites(range(2), phases=("prefill", "decode"))) == [("prefill", "0-1"), ("decode", "0-1")]
+    two_in_one = sites(range(2)) + sites(range(2), kind="cross")
+    assert lines(two_in_one) == [("prefill", "0-1"), ("prefill", "0-1")]
+    assert lines(sites(range(2), layer=None)) == [("prefill", "?")]
+    refused = sites(range(2), status="refused", reason="x") + sites(range(2, 3), status="refused", reason="y")
+    assert lines(refused) == [("prefill", "0-1"), ("prefill", "2")]
+
+
+def test_words():
+    assert ranges([3, 1, 2, 7, 2]) == "1-3, 7"
+    assert ranges([]) == ""
+    assert (count(1, "layer"), count(2, "layer")) == ("1 layer", "2 layers")
+    assert [flops(n) for n in (0, 999, 999.9, 11304960, 3.2e12, 5e17)] == [
+        "0 FLOP",
+        "999 FLOP",
+        "1 kFLOP",
+        "11.3 MFLOP",
+        "3.2 TFLOP",
+        "500 PFLOP",
+    ]
+    assert [kib(n) for n in (4, 1024, 137216, 5 * 2**20, 3 * 2**40)] == [
+        "4 B",
+        "1.0 KiB",
+        "134.0 KiB",
+        "5.0 MiB",
+        "3.0 TiB",
+    ]
+    assert (seconds(0.02), seconds(2.04), percent(1, 4), percent(1, 0)) == ("20 ms", "2.0 s", "25%", "0%")
+    assert [symbols(s) for s in (7, "s53 + 1", "s1*s2 + s1", "Max(1, u0)")] == ["7", "n + 1", "n*m + n", "Max(1, n)"]
+    assert ascii_only("é×") == "??"
+
+
+# ---- the data --------------------------------------------------------------------------------------------------------
+
+
+def test_json_round_trip(llava):
+    data = json.loads(llava.to_json())
+    assert data == llava.to_dict()
+    assert data["format"] == 1
+    assert list(data) == list(json.loads(explained("plain_lvlm").to_json()))
+    assert data["plan"] == {"version": 1, "lazy": {"blocks": [[1, 3]], "mode": "gla"}}
+    assert avl_fx.Plan.from_dict(data["plan"]) == avl_fx.Plan.lazy([(1, 3)])
+    assert data["decoder"] == {
+        "expected": 4,
+        "seen": {"prefill": [0, 1, 2, 3], "decode": [0, 1, 2, 3]},
+        "graphs": {"prefill": 1, "decode": 1},
+    }
+    assert data["visual"][1] == [[3, 16], [22, 16], [40, 16]]
+    assert [site["layer"] for site in data["sites"] if site["action"].startswith("lazy")] == [*LAZY] * 3
+    assert "before" not in data["graphs"][0]
+    assert data["versions"]["torch"] == torch.__version__
+
+
+def test_report_is_plain_data(llava):
+    twin = pickle.loads(pickle.dumps(llava))
+    assert twin == llava == copy.deepcopy(llava)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        llava.model = "other"
+
+
+def test_dump_writes_graphs_and_report(llava, tmp_path):
+    files = llava.dump(tmp_path / "new" / "folder")
+    names = {file.name for file in files}
+    assert {"report.json", "report.txt", "graph_002_prefill_before.py", "graph_002_prefill_after.py"} <= names
+    assert len(names) == 2 + 2 * len(llava.graphs)
+    texts = {file.name: file.read_text(encoding="utf-8") for file in files}
+    assert json.loads(texts["report.json"]) == llava.to_dict()
+    assert "lazy (anchor 1)" in texts["report.txt"]
+    before, after = texts["graph_002_prefill_before.py"], texts["graph_002_prefill_after.py"]
+    assert before.count("linear(") - after.count("linear(") == 2 * len(LAZY)
+    assert llava.dump(tmp_path / "new" / "folder") == files
+
+
+def test_dump_needs_the_graphs(refusing, tmp_path):
+    with pytest.raises(OptionError, match=r"the graphs were not kept\. Fix: run explain\(\.\.\., keep_graphs=True\)"):
+        refusing.dump(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dump_into_a_file(llava, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionError, match="cannot write to") as caught:
+        llava.dump(tmp_path / "file")
+    assert caught.value.remedy

@@ -1,0 +1,182 @@
+"""Every documented way to switch the backend on gives the eager tokens, and leaves the model as it was."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+import avl_fx
+from avl_fx import Plan, avl_backend
+from avl_fx.errors import CaptureError, OptionError, PlanMismatchError, UnsupportedPlanError
+from avl_fx.record import recording
+from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_graphs
+from tests.zoo import ZOO
+
+NEW_TOKENS = 4
+EAGER = {"compiler": "eager", "strict": True}
+
+
+@pytest.fixture
+def llava():
+    torch._dynamo.reset()
+    zoo = ZOO["llava"]
+    model = zoo.make()
+    return model, zoo.inputs(model, batch=2)
+
+
+def generate(model, inputs, **kwargs):
+    kwargs.setdefault("disable_compile", True)
+    return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
+
+
+def test_torch_compile_of_a_model(llava):
+    model, inputs = llava
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with recording() as recorder:
+            got = torch.compile(model, backend="avl", options=EAGER)(**inputs).logits
+    assert torch.allclose(got, expected, atol=FLOAT32_TOLERANCE)
+    assert decoder_graphs(recorder)
+
+
+@pytest.mark.parametrize("backend", ["avl", avl_backend], ids=["name", "function"])
+def test_model_compile_then_generate(llava, backend):
+    model, inputs = llava
+    expected = generate(model, inputs)
+    model.compile(backend=backend, options=EAGER)
+    with recording() as recorder:
+        assert torch.equal(generate(model, inputs), expected)
+    assert decoder_graphs(recorder)
+
+
+@pytest.mark.parametrize("backend", ["avl", avl_backend], ids=["name", "function"])
+def test_compile_config_of_transformers(llava, backend):
+    """Transformers compiles decoding itself for static caches; its configuration deep-copies the backend."""
+    model, inputs = llava
+    expected = generate(model, inputs, cache_implementation="static")
+    config = CompileConfig(backend=backend, mode=None, fullgraph=False, options=dict(EAGER))
+    config._compile_all_devices = True  # transformers leaves CPUs alone otherwise
+    with recording() as recorder:
+        got = generate(
+            model, inputs, cache_implementation="static", compile_config=copy.deepcopy(config), disable_compile=False
+        )
+    assert torch.equal(got, expected)
+    assert decoder_graphs(recorder)
+
+
+def test_transformers_decode_only_compile_with_a_lazy_plan(llava):
+    """The prefill runs eagerly and is dense; decoding is lazy on the anchors' keys. Nothing is NaN."""
+    model, inputs = llava
+    config = CompileConfig(backend="avl", mode=None, options=EAGER | {"plan": Plan.lazy([(0, 1)])})
+    config._compile_all_devices = True
+    with recording() as recorder:
+        out = generate(
+            model,
+            inputs,
+            cache_implementation="static",
+            compile_config=config,
+            disable_compile=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    assert all(step.isfinite().all() for step in out.logits)
+    assert any(s.action == "lazy (anchor 0)" for g in recorder.graphs for s in g.sites)
+
+
+def test_avl_compile_is_in_place_and_can_be_undone(llava):
+    model, inputs = llava
+    expected = generate(model, inputs)
+    names = [n for n, _ in model.named_parameters()]
+    assert avl_fx.compile(model, options=EAGER) is model
+    with recording() as recorder:
+        assert torch.equal(generate(model, inputs), expected)
+    assert decoder_graphs(recorder)
+    assert [n for n, _ in model.named_parameters()] == names
+    avl_fx.uncompile(model)
+    with recording() as recorder:
+        assert torch.equal(generate(model, inputs), expected)
+    assert not recorder.graphs
+    assert not model._forward_pre_hooks
+    avl_fx.uncompile(model)  # nothing to undo: fine
+
+
+def test_avl_compile_again_replaces_the_plan(llava):
+    model, inputs = llava
+    dense = generate(model, inputs)
+    avl_fx.compile(model, Plan.lazy([(0, 3)]), options=EAGER)
+    lazy = generate(model, inputs)
+    avl_fx.compile(model, options=EAGER)
+    assert torch.equal(generate(model, inputs), dense)
+    assert not torch.equal(lazy, dense)
+
+
+def test_backend_and_plan_survive_copies():
+    assert copy.deepcopy(avl_backend) is avl_backend
+    assert pickle.loads(pickle.dumps(avl_backend)) is avl_backend
+    plan = Plan.lazy([(0, 1)])
+    assert copy.deepcopy({"plan": plan})["plan"] == plan
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_modes_of_torch_compile(llava, mode):
+    model, _ = llava
+    decoder = model.model.language_model.layers[0].mlp
+    x = torch.randn(2, 3, 64)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(decoder, backend="avl", mode=mode)(x), decoder(x), atol=1e-5)
+
+
+def test_training_step_through_the_identity_plan(llava):
+    """Gradients pass through the rewritten graph."""
+    model, inputs = llava
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+    def gradient(forward):
+        model.zero_grad()
+        forward(**inputs).logits.square().mean().backward()
+        return model.model.language_model.layers[1].self_attn.k_proj.weight.grad.clone()
+
+    expected = gradient(model)
+    got = gradient(torch.compile(model, backend="avl", options={"compiler": "aot_eager", "strict": True}))
+    assert torch.allclose(got, expected, atol=1e-5 * expected.abs().max().item() + 1e-7)
+
+
+@pytest.mark.parametrize("front_door", ["torch.compile", "avl_fx.compile"])
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"plan": Plan.lazy([(2, 9)])}, PlanMismatchError, ["blocks", "9", "Fix:"]),
+        ({"plan": Plan.lazy([(0, 1)], num_layers=12)}, PlanMismatchError, ["12", "4", "Fix:"]),
+        ({"plan": Plan.avl()}, UnsupportedPlanError, ["Fix:"]),
+        ({"plan": Plan.lazy([(0, 1)], mode="vla")}, UnsupportedPlanError, ["vla", "Fix:"]),
+        ({"plann": "identity"}, OptionError, ["plann", "plan", "Fix:"]),
+        ({"max_autotune": True}, OptionError, ["inductor", "Fix:"]),
+        ({"compiler": "gcc"}, OptionError, ["compiler", "Fix:"]),
+    ],
+)
+def test_mistakes_are_typed_errors(llava, front_door, options, error, words):
+    """Raised as they are, not wrapped by Dynamo, and the model still works afterwards."""
+    model, inputs = llava
+    expected = generate(model, inputs)
+    bare = front_door == "torch.compile"
+    with pytest.raises(error) as caught:
+        torch.compile(model, backend="avl", options=options)(**inputs) if bare else avl_fx.compile(
+            model, options=options
+        )
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert torch.equal(generate(model, inputs), expected)
+
+
+def test_avl_compile_wants_a_module_and_no_other_backend(llava):
+    model, _ = llava
+    with pytest.raises(CaptureError, match="Fix:"):
+        avl_fx.compile("llava")
+    with pytest.raises(OptionError, match="backend"):
+        avl_fx.compile(model, backend="inductor")
+    with pytest.raises(OptionError, match="dynamics"):
+        avl_fx.compile(model, dynamics=True)
+    with pytest.raises(OptionError, match="plan"):
+        avl_fx.compile(model, Plan.lazy([(0, 1)]), options={"plan": Plan.lazy([(0, 2)])})

@@ -1,0 +1,136 @@
+"""L0: under the identity plan a compiled model equals the eager one, whatever it is built from.
+
+The whole matrix runs without code generation; a pairwise-covering part of it goes through Inductor, and all of it does
+in `make test-full`.
+
+Tolerances. float32: `FLOAT32_TOLERANCE`, absolute. bfloat16: both the compiled and the eager model are held against the
+same model in float32, and the compiled one may be at most three times as far off as the eager one is (plus one
+rounding step of a logit): compiled code rounds at other places, and neither is the right one.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from avl_fx.passes.site import Status
+from tests.e2e._doors import DOORS, FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through, whole
+from tests.e2e._pairwise import pairwise
+from tests.zoo import ZOO
+from tests.zoo._run import prefill_and_decode
+
+STEPS = 4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CACHES = ("none", "dynamic", "static")
+LOGIT_STEP = 0.0625
+"""Spacing of bfloat16 numbers between 8 and 16."""
+
+FACTORS = (tuple(ZOO), DOORS, ("sdpa", "eager"), CACHES, tuple(DTYPES))
+FRAGMENTED = {("qwen3_vl", "torch.compile")}
+"""Models whose decoder bare torch.compile breaks into one graph a layer, the rest of it eager (recompile limit)."""
+
+
+def _allowed(case):
+    name, _, _, cache, _ = case
+    return cache in ZOO[name].caches
+
+
+MATRIX = [
+    (name, door, style, cache, dtype)
+    for name in FACTORS[0]
+    for door in FACTORS[1]
+    for style in FACTORS[2]
+    for cache in FACTORS[3]
+    for dtype in FACTORS[4]
+    if _allowed((name, door, style, cache, dtype))
+]
+COVERING = pairwise(FACTORS, _allowed)
+
+
+def check(name, door, style, cache, dtype, compiler):
+    zoo = ZOO[name]
+    model = zoo.make(style, dtype=DTYPES[dtype])
+    inputs = zoo.inputs(model, batch=2)
+    eager = prefill_and_decode(model, inputs, cache, steps=STEPS)
+    with through(door, model, compiler=compiler) as recorder:
+        compiled = prefill_and_decode(model, inputs, cache, steps=STEPS, tokens=eager.tokens)
+
+    if dtype == "float32":
+        assert largest(compiled, eager) <= FLOAT32_TOLERANCE
+    else:
+        exact_model = copy.deepcopy(model).float()
+        exact_inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+        exact = prefill_and_decode(exact_model, exact_inputs, cache, steps=STEPS, tokens=eager.tokens)
+        assert largest(compiled, exact) <= 3 * largest(eager, exact) + LOGIT_STEP
+
+    graphs = decoder_graphs(recorder)
+    assert all(g.failure is None for g in recorder.graphs)
+    assert graphs
+    for site in (s for g in graphs for s in decoder_sites(g)):
+        assert site.status is Status.REWRITTEN, site
+        assert (site.heads, site.kv_heads, site.head_dim) == (zoo.heads, zoo.kv_heads, zoo.head_dim)
+        assert (site.kind == "cross") == (zoo.attention_kinds[site.layer] == "cross")
+        assert (site.cache != "none") == (cache != "none") or site.kind == "cross"
+    # Nothing of the vision encoder is taken for the decoder: layers are counted, and their paths are the decoder's.
+    suffix = zoo.decoder_prefix.split(".")[-1]
+    if (name, door) in FRAGMENTED:
+        assert {s.layer for g in graphs for s in decoder_sites(g)} >= set(range(7))
+    else:
+        assert whole(zoo, recorder)
+        assert all(s.tower.split(".")[-1] == suffix for g in graphs for s in decoder_sites(g))
+
+
+@pytest.mark.parametrize("case", MATRIX, ids="-".join)
+def test_identity_equals_eager(case):
+    check(*case, compiler="eager")
+
+
+@pytest.mark.parametrize("case", COVERING, ids="-".join)
+def test_identity_equals_eager_through_inductor(case):
+    check(*case, compiler="inductor")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", [c for c in MATRIX if c not in COVERING], ids="-".join)
+def test_identity_equals_eager_through_inductor_everywhere(case):
+    check(*case, compiler="inductor")
+
+
+@pytest.mark.parametrize("name", ["llava", "plain_lvlm", "mllama"])
+def test_identity_equals_eager_through_aot(name):
+    check(name, "avl_fx.compile", "sdpa", "dynamic", "float32", compiler="aot_eager")
+
+
+def test_every_pair_is_covered():
+    seen = {(i, a, j, b) for case in COVERING for i, a in enumerate(case) for j, b in enumerate(case) if i < j}
+    for case in MATRIX:
+        assert all((i, a, j, b) in seen for i, a in enumerate(case) for j, b in enumerate(case) if i < j)
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_one_decoder_graph_per_phase(name):
+    """`avl_fx.compile` gives one decoder graph for the prefill, one for the first decode step, one for the rest."""
+    zoo = ZOO[name]
+    model = zoo.make()
+    with through("avl_fx.compile", model, compiler="eager") as recorder:
+        prefill_and_decode(model, zoo.inputs(model, batch=2), "static" if "static" in zoo.caches else "dynamic")
+    queries = [decoder_sites(g)[0].queries for g in decoder_graphs(recorder)]
+    assert whole(zoo, recorder)
+    assert sum(q != 1 for q in queries) == 1
+    assert sum(q == 1 for q in queries) in (1, 2)
+
+
+@pytest.mark.parametrize("name", [n for n, z in ZOO.items() if n != "mllama"])
+def test_visual_positions_are_found(name):
+    """Whatever the front door, the positions that reach the decoder are the ground truth."""
+    zoo = ZOO[name]
+    for door in DOORS:
+        model = zoo.make()
+        inputs = zoo.inputs(model, batch=2)
+        with through(door, model, compiler="eager") as recorder:
+            prefill_and_decode(model, inputs, "dynamic", steps=1)
+        if recorder.visual:
+            assert torch.equal(recorder.visual[0], zoo.visual_positions(model, inputs))
+        else:
+            # Splicing by index leaves no mask in any graph: unknown, and never guessed.
+            assert (name, door) in {("plain_lvlm", "avl_fx.compile"), ("plain_lvlm", "torch.compile")}

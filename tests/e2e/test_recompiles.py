@@ -1,0 +1,36 @@
+"""Decoding does not recompile: after the second step, 64 steps run on what is there."""
+
+import pytest
+
+from avl_fx import Plan
+from tests.e2e._doors import decoder_graphs, decoder_sites, through
+from tests.zoo import ZOO
+from tests.zoo._run import prefill_and_decode
+
+STEPS = 64
+
+
+@pytest.mark.parametrize("plan", [None, Plan.lazy([(0, 1), (2, 3)])], ids=["identity", "lazy"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_no_recompile_after_the_second_decode_step(name, cache, plan):
+    zoo = ZOO[name]
+    model = zoo.make()
+    inputs = zoo.inputs(model, batch=2)
+    counts = []
+
+    with through("torch.compile", model, compiler="eager", plan=plan) as recorder:
+        prefill_and_decode(model, inputs, cache, steps=STEPS, forward=_counting(model.forward, recorder, counts))
+    assert len(counts) == STEPS + 1
+    assert counts[2] == counts[-1], f"graphs after each forward: {counts}"
+    decode = [g for g in decoder_graphs(recorder) if decoder_sites(g)[0].queries == 1]
+    assert len(decode) == (1 if cache == "static" else 2)
+
+
+def _counting(forward, recorder, counts):
+    def run(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        counts.append(len(recorder.graphs))
+        return out
+
+    return run

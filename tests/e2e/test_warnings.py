@@ -1,0 +1,41 @@
+"""What a plan that drops keys says when the capture may leave layers dense."""
+
+import logging
+
+import pytest
+import torch
+
+from avl_fx import Plan
+from tests.e2e._doors import through
+from tests.zoo import ZOO
+from tests.zoo._run import prefill_and_decode
+
+
+@pytest.fixture
+def warnings(caplog):
+    caplog.set_level(logging.WARNING, logger="avl_fx")
+    return lambda: [r.getMessage() for r in caplog.records if r.name == "avl_fx"]
+
+
+def test_fragments_are_announced_under_a_lazy_plan_only(warnings):
+    zoo = ZOO["qwen3_vl"]
+    model = zoo.make()
+    inputs = zoo.inputs(model)
+    with through("torch.compile", model, compiler="eager"):
+        prefill_and_decode(model, inputs, "dynamic", steps=0)
+    assert not warnings()
+    with through("torch.compile", model, compiler="eager", plan=Plan.lazy([(0, 3)])):
+        prefill_and_decode(model, inputs, "dynamic", steps=0)
+    assert any("1 of 12 decoder layers" in message for message in warnings())
+
+
+def test_the_last_recompile_is_announced(warnings):
+    zoo = ZOO["plain_lvlm"]
+    model = zoo.make()
+    with (
+        torch._dynamo.config.patch(recompile_limit=2),
+        through("torch.compile", model, compiler="eager", plan=Plan.lazy([(0, 3)])),
+    ):
+        prefill_and_decode(model, zoo.inputs(model), "dynamic", steps=1)
+    assert any("recompile_limit" in message for message in warnings())
+    # Inside the limit nothing is said.

