@@ -12,7 +12,7 @@ TYPECHECK := .cache/typecheck
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: help demo test test-full test-slow test-mutations lint format bench clean
+.PHONY: help demo test test-matrix test-full test-slow test-mutations lint format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,10 +28,13 @@ demo: $(STAMP)  ## a small vision-language model, before and after, on this mach
 	$(BIN)/python -m examples.demo
 
 test: $(STAMP)  ## the tests that every change must pass
-	$(PYTEST) -m "not full and not slow and not gpu"
+	$(PYTEST) -m "not matrix and not full and not slow and not gpu"
 
-test-full: $(STAMP)  ## the same, and the exhaustive matrix
-	$(PYTEST) -m "not slow and not gpu"
+test-matrix: $(STAMP)  ## every combination of model, front door, style, cache and dtype, without code generation
+	$(PYTEST) -m matrix
+
+test-full: $(STAMP)  ## every combination through Inductor (hours)
+	$(PYTEST) -m full
 
 test-slow: $(STAMP)  ## tests that take minutes or download data
 	$(PYTEST) -m "slow and not gpu"

@@ -11,7 +11,7 @@ from avl_fx import Plan
 from avl_fx.dropped_keys import is_dropped
 from avl_fx.passes.site import Reason, Status
 from tests.e2e._doors import DOORS, FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
-from tests.e2e._pairwise import pairwise
+from tests.e2e._covering import covering
 from tests.e2e.test_identity import CACHES, FRAGMENTED
 from tests.oracle import lazy_oracle
 from tests.zoo import ZOO
@@ -29,7 +29,7 @@ CASES = [
     for layout in LAYOUTS
     if cache in zoo.caches and (name, door) not in FRAGMENTED
 ]
-CHOSEN = pairwise((tuple(ZOO), DOORS, ("sdpa", "eager"), CACHES, LAYOUTS), lambda case: case in CASES)
+CHOSEN = covering((tuple(ZOO), DOORS, ("sdpa", "eager"), CACHES, LAYOUTS), lambda case: case in CASES)
 """Every model meets every cache, style, door and layout, and so do any two of those."""
 COMPILED = [
     ("llava", "torch.compile", "sdpa", "dynamic", "two"),
@@ -109,7 +109,7 @@ def test_lazy_equals_oracle_through_inductor(case):
     check(*case, compiler="inductor")
 
 
-@pytest.mark.full
+@pytest.mark.matrix
 @pytest.mark.parametrize("case", [c for c in CASES if c not in CHOSEN], ids="-".join)
 def test_lazy_equals_oracle_everywhere(case):
     check(*case, compiler="eager")

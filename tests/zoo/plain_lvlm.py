@@ -106,6 +106,7 @@ class PlainLVLM(nn.Module):
         pixel_values: Tensor | None = None,
         cache: list[Tensor] | None = None,
         slots: Tensor | None = None,
+        use_cache: bool = True,
     ) -> tuple[Tensor, list[Tensor]]:
         """`attention_mask` [batch, keys] covers the cache too. `slots` [queries]: where to write in a fixed cache."""
         x = self.embed_tokens(input_ids)
@@ -131,7 +132,8 @@ class PlainLVLM(nn.Module):
         for i, layer in enumerate(self.layers):
             past_k, past_v = (None, None) if cache is None else cache[2 * i : 2 * i + 2]
             x, k, v = layer(x, cos, sin, mask, past_k, past_v, slots)
-            kept += [k, v]
+            if use_cache:
+                kept += [k, v]
         return self.lm_head(self.norm(x)), kept
 
     @torch.no_grad()
@@ -150,7 +152,9 @@ class PlainLVLM(nn.Module):
         for step in range(steps + 1):
             full = F.pad(mask, (0, length + steps - mask.shape[1])) if cache == "static" else mask
             images = pixel_values if step == 0 or cache == "none" else None
-            out, kept = step_forward(ids, full, pixel_values=images, cache=kept, slots=slots)
+            out, kept = step_forward(
+                ids, full, pixel_values=images, cache=kept, slots=slots, use_cache=cache != "none"
+            )
             logits.append(out[:, -1].float())
             tokens.append(logits[-1].argmax(-1) if forced is None or step >= forced.shape[1] else forced[:, step])
             mask = F.pad(mask, (0, 1), value=1)

@@ -1,0 +1,26 @@
+"""Covering sets: few cases in which every pair (or triple ...) of values of different factors meets."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def covering(
+    factors: Sequence[Sequence[Any]], allowed: Callable[[tuple[Any, ...]], bool], strength: int = 2
+) -> list[tuple[Any, ...]]:
+    """A greedy choice among all allowed combinations of ``factors``; deterministic.
+
+    Every ``strength`` values that occur together in some allowed combination occur together in a chosen one.
+    """
+    cases = {case: _meetings(case, strength) for case in itertools.product(*factors) if allowed(case)}
+    missing = set().union(*cases.values())
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: len(cases[case] & missing))
+        chosen.append(best)
+        missing -= cases[best]
+    return chosen
+
+
+def _meetings(case: tuple[Any, ...], strength: int) -> set[tuple[tuple[int, Any], ...]]:
+    return set(itertools.combinations(enumerate(case), strength))
