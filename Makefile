@@ -4,15 +4,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 WORKERS ?= 2
-# The workers share the cores, so each one computes on a single thread.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# The workers share the cores, so each one computes on a single thread; one that runs out of tests takes another's.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 TYPECHECK := .cache/typecheck
 
 # A failure anywhere in a pipe fails the target.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: help demo test test-matrix test-full test-slow test-mutations lint format bench clean
+.PHONY: help demo test test-matrix test-inductor test-full test-slow test-mutations lint format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,13 +28,16 @@ demo: $(STAMP)  ## a small vision-language model, before and after, on this mach
 	$(BIN)/python -m examples.demo
 
 test: $(STAMP)  ## the tests that every change must pass
-	$(PYTEST) -m "not matrix and not full and not slow and not gpu"
+	$(PYTEST) -m "not matrix and not inductor and not full and not slow and not gpu"
 
 test-matrix: $(STAMP)  ## every combination of model, front door, style, cache and dtype, without code generation
 	$(PYTEST) -m matrix
 
+test-inductor: $(STAMP)  ## any two of them together, through Inductor (some 20 minutes)
+	$(PYTEST) -m inductor
+
 test-full: $(STAMP)  ## every combination through Inductor (hours)
-	$(PYTEST) -m full
+	$(PYTEST) -m "inductor or full"
 
 test-slow: $(STAMP)  ## tests that take minutes or download data
 	$(PYTEST) -m "slow and not gpu"

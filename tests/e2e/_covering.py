@@ -22,5 +22,16 @@ def covering(
     return chosen
 
 
+def one_each(cases: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """One case for each value of the first factor, spread so that the values of the others meet as often as can be."""
+    seen: set[tuple[tuple[int, Any], ...]] = set()
+    chosen = []
+    for first in dict.fromkeys(case[0] for case in cases):
+        best = max((c for c in cases if c[0] == first), key=lambda c: [len(_meetings(c[1:], n) - seen) for n in (2, 3)])
+        chosen.append(best)
+        seen |= _meetings(best[1:], 2) | _meetings(best[1:], 3)
+    return chosen
+
+
 def _meetings(case: tuple[Any, ...], strength: int) -> set[tuple[tuple[int, Any], ...]]:
     return set(itertools.combinations(enumerate(case), strength))

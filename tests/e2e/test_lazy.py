@@ -10,8 +10,8 @@ import torch
 from avl_fx import Plan
 from avl_fx.dropped_keys import is_dropped
 from avl_fx.passes.site import Reason, Status
-from tests.e2e._doors import DOORS, FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
 from tests.e2e._covering import covering
+from tests.e2e._doors import DOORS, FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
 from tests.e2e.test_identity import CACHES, FRAGMENTED
 from tests.oracle import lazy_oracle
 from tests.zoo import ZOO

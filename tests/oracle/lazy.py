@@ -10,20 +10,14 @@ and caches, queries and keys of its own, which nobody reads.
 
 Some layers of a block stay dense: one whose kind (full, sliding, cross) is not the anchor's, one whose queries or keys
 have another shape, every cross-attention layer, and the whole block if the anchor is a cross-attention layer.
-
-Transformers models are reached through the attention interface. A model of our own offers `layer.attend(q, k, v, mask)`
-on each decoder layer, which is replaced.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from tests.oracle._interface import attend, in_charge
 
 Blocks = Sequence[tuple[int, int]]
 
@@ -64,23 +58,11 @@ class LazyOracle:
         self.calls += 1
         return anchor_q, anchor_k
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
-    """Softmax attention, spelled out. q [B, H, Q, D]; k, v [B, KV, K, D]; mask bool (True: visible) or additive.
-
-    `causal` counts from the upper left corner, as SDPA does, and applies where there is no mask.
-    """
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
-    if mask is None and causal:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
-    if mask is not None:
-        scores = scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    return torch.matmul(weights, v)
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    ) -> Tensor:
+        q, k = self.queries_and_keys(layer, q, k)
+        return attend(q, k, v, mask, scale, causal)
 
 
 @contextmanager
@@ -93,80 +75,5 @@ def lazy_oracle(
     """Run `model` with lazy attention in `blocks`. `kinds`, a layer: "full", "sliding" or "cross"; all full if None."""
     layers = list(model.get_submodule(decoder_prefix))
     oracle = LazyOracle(blocks, kinds or ["full"] * len(layers))
-    with _plain(layers, oracle) if hasattr(layers[0], "attend") else _transformers(model, layers, oracle):
+    with in_charge(model, layers, oracle):
         yield oracle
-
-
-# --- a model of our own: `layer.attend(q, k, v, mask)` ---
-
-
-@contextmanager
-def _plain(layers: list[Any], oracle: LazyOracle) -> Iterator[None]:
-    def replace(index: int, layer: Any) -> None:
-        def lazily(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-            q, k = oracle.queries_and_keys(index, q, k)
-            return attend(q, k, v, mask, q.shape[-1] ** -0.5)
-
-        layer.attend = lazily
-
-    for index, layer in enumerate(layers):
-        replace(index, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.attend
-
-
-# --- transformers ---
-
-# The modules that an oracle is in charge of at the moment; any other module attends densely.
-_in_charge: WeakKeyDictionary[nn.Module, tuple[LazyOracle, int]] = WeakKeyDictionary()
-
-
-def _interface(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    unknown = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
-    if unknown or kwargs.get("dropout"):
-        raise NotImplementedError(f"the oracle does not know {unknown or 'dropout'}")
-    if module in _in_charge:
-        oracle, layer = _in_charge[module]
-        query, key = oracle.queries_and_keys(layer, query, key)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    out = attend(query, key, value, attention_mask, scale, causal=causal and query.shape[2] > 1)
-    return out.transpose(1, 2).contiguous(), None
-
-
-for _masks in ("sdpa", "eager"):
-    AttentionInterface.register(f"lazy_oracle_{_masks}", _interface)
-    AttentionMaskInterface.register(f"lazy_oracle_{_masks}", ALL_MASK_ATTENTION_FUNCTIONS[_masks])
-
-
-@contextmanager
-def _transformers(model: Any, layers: list[nn.Module], oracle: LazyOracle) -> Iterator[None]:
-    """Point the decoder's configs at our interface. Masks stay those of the implementation that the model had."""
-    inside = [(module, index) for index, layer in enumerate(layers) for module in layer.modules()]
-    configs = {id(config): config for module, _ in inside if (config := getattr(module, "config", None)) is not None}
-    text = model.config.get_text_config()
-    configs[id(text)] = text
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    for module, index in inside:
-        _in_charge[module] = (oracle, index)
-    for config in configs.values():
-        config._attn_implementation = f"lazy_oracle_{config._attn_implementation}"
-    try:
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
-        for module, _ in inside:
-            del _in_charge[module]

@@ -152,9 +152,7 @@ class PlainLVLM(nn.Module):
         for step in range(steps + 1):
             full = F.pad(mask, (0, length + steps - mask.shape[1])) if cache == "static" else mask
             images = pixel_values if step == 0 or cache == "none" else None
-            out, kept = step_forward(
-                ids, full, pixel_values=images, cache=kept, slots=slots, use_cache=cache != "none"
-            )
+            out, kept = step_forward(ids, full, pixel_values=images, cache=kept, slots=slots, use_cache=cache != "none")
             logits.append(out[:, -1].float())
             tokens.append(logits[-1].argmax(-1) if forced is None or step >= forced.shape[1] else forced[:, step])
             mask = F.pad(mask, (0, 1), value=1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.oracle import lazy_oracle
-from tests.oracle.lazy import attend
+from tests.oracle._interface import attend
 from tests.zoo import get, zoo_names
 from tests.zoo._run import prefill, prefill_and_decode
 from tests.zoo_tests._models import largest_difference, model_of

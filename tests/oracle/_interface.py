@@ -1,0 +1,126 @@
+"""How an oracle gets between a model and its attention.
+
+An oracle is anything with `attend(layer, q, k, v, mask, scale, causal) -> out`. Transformers models are reached through
+the attention interface. A model of our own offers `layer.attend(q, k, v, mask)` on each decoder layer, which is replaced.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+
+class Oracle(Protocol):
+    """What stands in for the attention of every decoder layer."""
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    ) -> Tensor:
+        """q [B, H, Q, D]; k, v [B, KV, K, D] -> [B, H, Q, D]."""
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
+    """Softmax rows [B, H, Q, K] in float32. q [B, H, Q, D]; k [B, KV, K, D]; mask bool (True: visible) or additive.
+
+    `causal` counts from the upper left corner, as SDPA does, and applies where there is no mask.
+    """
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+    if mask is None and causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
+    if mask is not None:
+        scores = scores + mask
+    return torch.softmax(scores, dim=-1, dtype=torch.float32)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
+    """Softmax attention, spelled out; shapes as in `attention_weights`, v [B, KV, K, D]."""
+    weights = attention_weights(q, k, mask, scale, causal).to(q.dtype)
+    return torch.matmul(weights, v.repeat_interleave(q.shape[1] // v.shape[1], dim=1))
+
+
+@contextmanager
+def in_charge(model: nn.Module, layers: list[Any], oracle: Oracle) -> Iterator[None]:
+    """Let `oracle` attend for each of the decoder `layers` of `model`."""
+    with _plain(layers, oracle) if hasattr(layers[0], "attend") else _transformers(model, layers, oracle):
+        yield
+
+
+# --- a model of our own: `layer.attend(q, k, v, mask)` ---
+
+
+@contextmanager
+def _plain(layers: list[Any], oracle: Oracle) -> Iterator[None]:
+    def replace(index: int, layer: Any) -> None:
+        layer.attend = lambda q, k, v, mask: oracle.attend(index, q, k, v, mask, q.shape[-1] ** -0.5, False)
+
+    for index, layer in enumerate(layers):
+        replace(index, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.attend
+
+
+# --- transformers ---
+
+# The modules that an oracle is in charge of at the moment; any other module attends densely.
+_in_charge: WeakKeyDictionary[nn.Module, tuple[Oracle, int]] = WeakKeyDictionary()
+
+
+def _interface(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    unknown = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
+    if unknown or kwargs.get("dropout"):
+        raise NotImplementedError(f"the oracle does not know {unknown or 'dropout'}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = causal and query.shape[2] > 1
+    if module in _in_charge:
+        oracle, layer = _in_charge[module]
+        out = oracle.attend(layer, query, key, value, attention_mask, scale, causal)
+    else:
+        out = attend(query, key, value, attention_mask, scale, causal)
+    return out.transpose(1, 2).contiguous(), None
+
+
+for _masks in ("sdpa", "eager"):
+    AttentionInterface.register(f"oracle_{_masks}", _interface)
+    AttentionMaskInterface.register(f"oracle_{_masks}", ALL_MASK_ATTENTION_FUNCTIONS[_masks])
+
+
+@contextmanager
+def _transformers(model: Any, layers: list[nn.Module], oracle: Oracle) -> Iterator[None]:
+    """Point the decoder's configs at our interface. Masks stay those of the implementation that the model had."""
+    inside = [(module, index) for index, layer in enumerate(layers) for module in layer.modules()]
+    configs = {id(config): config for module, _ in inside if (config := getattr(module, "config", None)) is not None}
+    text = model.config.get_text_config()
+    configs[id(text)] = text
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    for module, index in inside:
+        _in_charge[module] = (oracle, index)
+    for config in configs.values():
+        config._attn_implementation = f"oracle_{config._attn_implementation}"
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+        for module, _ in inside:
+            del _in_charge[module]

@@ -1,0 +1,253 @@
+"""The oracle for modality-partitioned attention (A-VL, arXiv 2409.14846): slow and obvious.
+
+    with avl_oracle(model, visual, core=0.3, secondary=0.5, refresh=3, text=0.6) as oracle:
+        model.generate(**inputs)
+
+Nothing is moved or left out: every step attends to all keys under a mask that hides what the method would not read.
+
+*Several queries* (the prompt, a later turn, a piece of a chunked prompt): dense, over everything. Its last real row a
+(the mean of the last `window` rows, and over the heads) then scores the visual keys of each batch row. With N of them
+so far, the `int(secondary * N)` best are secondary, the `int(core * N)` best are core, equal scores going to the
+earlier key. Whatever was decided before is forgotten.
+
+*One query*, step t = 1, 2, ... since then: text and core; at every `refresh`-th step text and secondary, and that step's
+row picks core anew among secondary. `refresh=0`: secondary at every step, `refresh` steps never come.
+
+*Text* is what stands behind the first visual key of a batch row and is not visual. `budget = max(round(text * n),
+minimum)`, where n counts all of it so far. Each row a that scores adds `a_j - quantile(a, 1 - text)` to the score of
+each kept text key j, the quantile over those keys (`decay="none"`: adds a_j). Beyond the budget the newest `budget // 2`
+stay and, of the rest, the best `budget - budget // 2` by score. What leaves never comes back.
+
+*Late start*: one query whose layer was never seen before (the prompt ran elsewhere) is dense, and its row starts the
+partition.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tests.oracle._interface import attention_weights, in_charge
+from tests.oracle.lazy import Blocks, LazyOracle
+
+
+@dataclass
+class LayerState:
+    """Masks are bool; `group` is 1 with shared scores, else the number of KV heads."""
+
+    step: int
+    core: Tensor
+    """[B, group, K]"""
+    secondary: Tensor
+    """[B, group, K]"""
+    text: Tensor
+    """[B, K]: text keys that are kept, those before the first visual key among them"""
+    text_scores: Tensor
+    """[B, K]"""
+    length: Tensor
+    """[B]: text keys behind the first visual one so far, kept or not"""
+    seen: int
+    """Keys so far, padding included."""
+
+
+@dataclass
+class AvlOracle:
+    """Settings, and what each layer has decided so far. Ratios and steps as in the module's text."""
+
+    visual: Tensor
+    """bool [B, prompt]; `see` replaces it before a further prompt."""
+    core: float
+    secondary: float
+    refresh: int
+    text: float
+    minimum: int = 20
+    window: int = 1
+    scores: Literal["shared", "per_kv_head"] = "shared"
+    decay: Literal["forgetting", "none"] = "forgetting"
+    lazy: LazyOracle | None = None
+    kinds: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.layers: dict[int, LayerState] = {}
+        self.read: list[tuple[int, int]] = []
+        """(layer, keys read by the first batch row) of every partitioned step."""
+
+    def see(self, visual: Tensor) -> None:
+        """`visual` bool [B, keys so far and those of the next forward]: another prompt on the same cache."""
+        self.visual = visual
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    ) -> Tensor:
+        if self.lazy is not None:
+            q, k = self.lazy.queries_and_keys(layer, q, k)
+        group = q.shape[1] // k.shape[1]
+        state = self.layers.get(layer)
+        if self.kinds and self.kinds[layer] != "full":
+            weights = attention_weights(q, k, mask, scale, causal)
+        elif q.shape[2] > 1 or state is None:
+            weights = attention_weights(q, k, mask, scale, causal)
+            visible = _visible(mask, q.shape[0], q.shape[2], k.shape[2], causal)
+            self._start(layer, weights, visible, group, state)
+        else:
+            weights = self._step(state, layer, q, k, mask, scale, group)
+        return torch.matmul(weights.to(q.dtype), v.repeat_interleave(group, dim=1))
+
+    # --- several queries ---
+
+    def _start(self, layer: int, weights: Tensor, visible: Tensor, group: int, state: LayerState | None) -> None:
+        batch, heads, queries, keys = weights.shape
+        last = torch.stack([row.nonzero().max() for row in visible])  # the last key that is no padding, by row
+        first_query = 0 if state is None else state.seen
+        if state is None and queries == 1:  # a late start: everything up to the newest key has been seen
+            first_query = int(last.max())
+        row = torch.zeros(batch, heads, keys)
+        for b in range(batch):
+            rows = [r for r in range(queries) if first_query + r <= last[b] and visible[b, first_query + r]]
+            row[b] = weights[b, :, rows[-self.window :]].mean(1)
+
+        visual = torch.zeros(batch, keys, dtype=torch.bool)
+        visual[:, : self.visual.shape[1]] = self.visual.cpu()
+        score = self._by_group(row, group)
+        behind = visual.cumsum(1) > 0
+        self.layers[layer] = LayerState(
+            step=0,
+            core=self._best(score, visual[:, None].expand_as(score), visual, self.core),
+            secondary=self._best(score, visual[:, None].expand_as(score), visual, self.secondary),
+            text=visible & ~visual,
+            text_scores=torch.zeros(batch, keys),
+            length=(visible & behind & ~visual).sum(1),
+            seen=first_query + queries,
+        )
+        self._forget(self.layers[layer], row.mean(1))
+
+    def _by_group(self, row: Tensor, group: int) -> Tensor:
+        """[B, H, K] -> [B, 1, K] or [B, KV, K]"""
+        if self.scores == "shared":
+            return row.mean(1, keepdim=True)
+        return row.unflatten(1, (-1, group)).mean(2)
+
+    @staticmethod
+    def _best(score: Tensor, among: Tensor, visual: Tensor, ratio: float) -> Tensor:
+        """The `int(ratio * N)` best of `among`, bool [B, group, K]; N visual keys in the batch row."""
+        chosen = torch.zeros_like(among)
+        for b in range(score.shape[0]):
+            count = int(ratio * int(visual[b].sum()))
+            for g in range(score.shape[1]):
+                candidates = among[b, g].nonzero().flatten()
+                order = score[b, g, candidates].sort(descending=True, stable=True).indices
+                chosen[b, g, candidates[order[:count]]] = True
+        return chosen
+
+    # --- one query ---
+
+    def _step(
+        self, state: LayerState, layer: int, q: Tensor, k: Tensor, mask: Tensor | None, scale: float, group: int
+    ) -> Tensor:
+        state.step += 1
+        self._grow(state, k.shape[2])
+        state.text[:, state.seen] = True
+        state.length += 1
+        state.seen += 1
+        refresh = self.refresh > 0 and state.step % self.refresh == 0
+        images = state.secondary if refresh or self.refresh == 0 else state.core
+        readable = images | state.text[:, None]  # [B, group, K]
+        self.read.append((layer, int(readable[0, 0].sum())))
+        per_head = readable.repeat_interleave(q.shape[1] // readable.shape[1], dim=1)[:, :, None]
+        hidden = torch.zeros(per_head.shape, dtype=q.dtype).masked_fill(~per_head, torch.finfo(q.dtype).min)
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        both = hidden if mask is None else torch.minimum(hidden, mask)
+        weights = attention_weights(q, k, both, scale)
+        row = weights[:, :, 0].float()
+        if refresh:
+            visual = torch.zeros(q.shape[0], k.shape[2], dtype=torch.bool)
+            visual[:, : self.visual.shape[1]] = self.visual.cpu()
+            state.core = self._best(self._by_group(row, group), state.secondary, visual, self.core)
+        self._forget(state, row.mean(1))
+        return weights
+
+    @staticmethod
+    def _grow(state: LayerState, keys: int) -> None:
+        """A dynamic cache has one key more each step."""
+        more = keys - state.text.shape[1]
+        if more > 0:
+            state.core, state.secondary, state.text, state.text_scores = (
+                torch.nn.functional.pad(x, (0, more))
+                for x in (state.core, state.secondary, state.text, state.text_scores)
+            )
+
+    # --- text ---
+
+    def _forget(self, state: LayerState, row: Tensor) -> None:
+        """Score the kept text keys by `row` [B, K], then evict beyond the budget."""
+        if self.text == 1:
+            return
+        for b in range(row.shape[0]):
+            if not self.visual[b].any():
+                continue
+            first = int(self.visual[b].nonzero().min())
+            evictable = state.text[b].clone()
+            evictable[:first] = False
+            kept = evictable.nonzero().flatten()
+            if not len(kept):
+                continue
+            weights = row[b, kept]
+            threshold = weights.quantile(1 - self.text) if self.decay == "forgetting" else 0.0
+            state.text_scores[b, kept] += weights - threshold
+
+            budget = max(round(self.text * int(state.length[b])), self.minimum)
+            if len(kept) <= budget:
+                continue
+            recent = kept[len(kept) - budget // 2 :]
+            rest = kept[: len(kept) - budget // 2]
+            order = state.text_scores[b, rest].sort(descending=True, stable=True).indices
+            keep = torch.cat([rest[order[: budget - budget // 2]], recent])
+            state.text[b, kept] = False
+            state.text[b, keep] = True
+
+
+def _visible(mask: Tensor | None, batch: int, queries: int, keys: int, causal: bool) -> Tensor:
+    """Which keys the last query sees, bool [B, K]."""
+    if mask is None:
+        return (torch.arange(keys) < (queries if causal else keys)).expand(batch, -1)
+    row = mask[:, :, -1, :keys].cpu()
+    row = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+    return row.any(1).expand(batch, -1)
+
+
+@contextmanager
+def avl_oracle(
+    model: nn.Module,
+    visual: Tensor,
+    *,
+    core: float,
+    secondary: float,
+    refresh: int,
+    text: float,
+    blocks: Blocks = (),
+    decoder_prefix: str = "model.language_model.layers",
+    kinds: Sequence[str] | None = None,
+    **settings: object,
+) -> Iterator[AvlOracle]:
+    """Run `model` with modality-partitioned attention, and lazy layers in `blocks` if any.
+
+    `visual` bool [B, prompt]. `kinds`, a layer: "full", "sliding" or "cross"; layers that are not full stay dense.
+    """
+    layers = list(model.get_submodule(decoder_prefix))
+    kinds = kinds or ["full"] * len(layers)
+    oracle = AvlOracle(
+        visual,
+        core,
+        secondary,
+        refresh,
+        text,
+        lazy=LazyOracle(blocks, kinds) if blocks else None,
+        kinds=kinds,
+        **settings,  # type: ignore[arg-type]
+    )
+    with in_charge(model, layers, oracle):
+        yield oracle
