@@ -1,0 +1,1 @@
+"""Rows of a key cache, put into another order in place."""

@@ -1,0 +1,115 @@
+"""`avl::partitioned_decode`: one decode step's attention that reads only the given ranges of the key cache.
+
+Partitioning reorders the visual rows of a cache so that those which matter stand first; what a step attends to is then
+a few contiguous ranges (text, core, text), and everything between them is never read. The row of the new token is
+stored on the way, so that no copy of the cache is made for it either.
+"""
+
+import torch
+from torch import Tensor
+
+from avl_fx.kernels.dispatch import implementation
+
+__all__ = ["partitioned_decode"]
+
+MAX_SEGMENTS = 64
+
+
+@torch.library.custom_op("avl::partitioned_decode", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
+def partitioned_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    new_key: Tensor | None,
+    new_value: Tensor | None,
+    mask: Tensor | None,
+    segments: Tensor,
+    weigh: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query per batch row over ranges of its keys; keys outside of them are not read.
+
+    Args:
+        query: ``[batch, heads, 1, head_dim]``; float32, bfloat16 or float16 (the reference also takes float64).
+        key: ``[batch, kv_heads, keys, head_dim]`` with ``heads % kv_heads == 0``; query head ``h`` reads key/value
+            head ``h // (heads // kv_heads)`` (GQA). Any strides with a contiguous last dimension: usually a view of
+            the occupied part of a larger buffer.
+        value: ``[batch, kv_heads, keys, value_dim]``, strided in any way as well.
+        new_key: ``[batch, kv_heads, 1, head_dim]`` or ``None``: the row of this step's token. It is stored behind the
+            last row of ``key``, in the spare capacity of its buffer, and attended to: K' = ``keys + 1``. Without it
+            K' = ``keys``.
+        new_value: ``[batch, kv_heads, 1, value_dim]``; given exactly when ``new_key`` is.
+        mask: broadcastable to ``[batch, heads, 1, K']``; boolean (True = visible) or additive in any floating dtype;
+            hides keys beyond those that ``segments`` leaves out.
+        segments: int64 ``[batch, S, 2]`` with S <= 64: the key ranges that a batch row reads, as (start >= 0,
+            length). They do not overlap, stand in any order, and are clipped to K'; length 0 marks an unused entry.
+            ``(0, large)`` alone is dense attention.
+        weigh: int32 ``[1]`` on the device of the query: non-zero asks for the weights.
+        scale: factor on the logits, in query.key units.
+
+    Returns:
+        Two tensors. The attention output, ``[batch, heads, 1, value_dim]`` in the query's dtype: zeros for a row that
+        sees no key. The weights, float32 ``[batch, kv_heads, K']``: softmax probabilities averaged over the query heads
+        that share a key/value head, 0 where nothing is read; their content is unspecified when ``weigh`` is 0.
+
+        NaN that is read shows in the result. Keys that are not read, or that the mask (False, or additive -inf) hides
+        from all query heads of their group, may hold anything.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; a new row without room behind the last one.
+        NotImplementedError: a device without an implementation.
+
+    The row that is stored lies outside of ``key`` and ``value`` as the caller sees them, so nothing visible is mutated
+    and ``mutates_args`` is empty. The caller guarantees that no other live view shows it, and makes the longer view
+    only after this call.
+    """
+    from avl_fx.kernels.partitioned_decode import IMPLEMENTATIONS
+
+    _check(query, key, value, new_key, new_value, segments, weigh)
+    return implementation("partitioned_decode", IMPLEMENTATIONS, query.device)(
+        query, key, value, new_key, new_value, mask, segments, weigh, scale
+    )
+
+
+@partitioned_decode.register_fake
+def _(query, key, value, new_key, new_value, mask, segments, weigh, scale):
+    batch, kv_heads, keys, _ = key.shape
+    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    seen = keys if new_key is None else keys + 1
+    return out, query.new_empty((batch, kv_heads, seen), dtype=torch.float32)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    new_key: Tensor | None,
+    new_value: Tensor | None,
+    segments: Tensor,
+    weigh: Tensor,
+) -> None:
+    batch, heads, queries, head_dim = query.shape
+    kv_heads, keys = key.shape[1:3]
+    if queries != 1:
+        raise ValueError(f"query: {queries} rows instead of one. Fix: use avl::attention for more than one query.")
+    if key.shape != (batch, kv_heads, keys, head_dim) or heads % kv_heads != 0:
+        raise ValueError(f"key: {tuple(key.shape)} does not fit the query {tuple(query.shape)}.")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value: {tuple(value.shape)} does not fit the keys {tuple(key.shape)}.")
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        raise ValueError(f"key, value: {key.dtype} and {value.dtype} beside a query of {query.dtype}.")
+    for name, cache, new in (("new_key", key, new_key), ("new_value", value, new_value)):
+        if cache.stride(3) != 1:
+            raise ValueError(f"{name[4:]}: its last dimension has stride {cache.stride(3)}. Fix: make it contiguous.")
+        if (new is None) != (new_key is None):
+            raise ValueError("new_key, new_value: only one of them is given. Fix: give both or neither.")
+        if new is not None and (new.shape != (batch, kv_heads, 1, cache.shape[3]) or new.dtype != cache.dtype):
+            raise ValueError(f"{name}: {tuple(new.shape)}, {new.dtype} is no row of {tuple(cache.shape)}.")
+    if segments.dim() != 3 or segments.shape[0] != batch or segments.shape[2] != 2 or segments.dtype != torch.int64:
+        raise ValueError(f"segments: {tuple(segments.shape)}, {segments.dtype} instead of int64 [{batch}, S, 2].")
+    if segments.shape[1] > MAX_SEGMENTS:
+        raise ValueError(f"segments: {segments.shape[1]} a row. Fix: give at most {MAX_SEGMENTS}; merge neighbours.")
+    if weigh.shape != (1,) or weigh.dtype != torch.int32:
+        raise ValueError(f"weigh: {tuple(weigh.shape)}, {weigh.dtype} instead of int32 [1].")
+    if segments.device != query.device or weigh.device != query.device or key.device != query.device:
+        raise ValueError(f"key, segments, weigh: not all of them are on {query.device}, as the query is.")

@@ -1,0 +1,1 @@
+"""Scores of keys by the last rows of a prompt."""
