@@ -1,1 +1,22 @@
-"""Rows of a key cache, put into another order in place."""
+"""Rows of a key cache in another order, in place: schema, reference, and one implementation a device."""
+
+from collections.abc import Callable
+
+from avl_fx.kernels.partition.cpu import partition_cpu
+from avl_fx.kernels.partition.reference import partition_reference
+from avl_fx.kernels.partition.schema import partition_
+
+__all__ = ["IMPLEMENTATIONS", "partition_", "partition_reference"]
+
+
+def _cuda(*args: object) -> None:
+    from avl_fx.kernels.partition.triton import partition_triton
+
+    partition_triton(*args)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
+    "cpu": partition_cpu,
+    "cuda": _cuda,
+}
+"""Device type -> implementation (ROCm devices are of type "cuda" as well). Triton is imported at the first call."""

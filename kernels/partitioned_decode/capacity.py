@@ -21,7 +21,8 @@ def with_spare_row(view: Tensor) -> Tensor:
         extent += (size - 1) * stride
     else:
         if (offset + extent) * view.element_size() <= view.untyped_storage().nbytes():
-            return view.as_strided(shape, strides, offset)
+            # `.data`: storing there is no write to what other views show, and does not count as one.
+            return view.data.as_strided(shape, strides, offset)
     raise ValueError(
         f"key, value: no spare row behind the {keys} rows of a view of shape {tuple(view.shape)} and strides "
         f"{strides}. Fix: pass a view of a buffer with capacity for at least {keys + 1} rows."
