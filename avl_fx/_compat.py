@@ -17,6 +17,7 @@ from torch._dynamo import OptimizedModule, lookup_backend, symbolic_convert
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.pgo import get_code_state
+from torch._dynamo.source import LocalSource
 from torch._dynamo.utils import counters
 from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx
@@ -27,7 +28,7 @@ __all__ = [
     "compile_arguments",
     "compile_graph",
     "compile_module",
-    "copy_graph",
+    "copy_module",
     "cpp_compiler",
     "decoder_depth",
     "frame_modules",
@@ -36,6 +37,7 @@ __all__ = [
     "inductor_config_types",
     "inductor_modes",
     "isolation",
+    "own_input",
     "readable",
     "recompile_limit",
     "size_hint",
@@ -51,13 +53,26 @@ __all__ = [
 BackendErrorBase = ShortenTraceback
 
 
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy to fall back on: Dynamo's source of every placeholder is an attribute that FX does not copy."""
-    duplicate = copy.deepcopy(graph)
-    for old, new in zip(graph.nodes, duplicate.nodes, strict=True):
+def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of Dynamo's graph to work on; Dynamo goes on reading its own after the backend returned.
+
+    What AOTAutograd looks for (the source of every input) are attributes that FX does not copy.
+    """
+    duplicate = copy.copy(gm)
+    graph = copy.deepcopy(gm.graph)
+    for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
+    duplicate.graph = graph
+    duplicate.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        duplicate._param_name_to_source = gm._param_name_to_source
     return duplicate
+
+
+def own_input(node: fx.Node) -> None:
+    """Mark a placeholder that a pass added: AOTAutograd asks every one for its source."""
+    node._dynamo_source = LocalSource(node.name, is_input=True)  # type: ignore[attr-defined]
 
 
 def readable(gm: fx.GraphModule) -> str:

@@ -15,6 +15,7 @@ from avl_fx import _compat
 from avl_fx.errors import AvlError, InternalError
 from avl_fx.modality import carried, given
 from avl_fx.options import BackendOptions, parse_options
+from avl_fx.partition_runtime import PartitionRuntime
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.nodes import alias_root, arg, op, shape
 from avl_fx.passes.pipeline import run_stages
@@ -66,7 +67,7 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
     record.frame = None if frame is None else weakref.ref(frame)
     ctx = _make_context(gm, example_inputs, options)
     start = time.perf_counter()
-    untouched = _compat.copy_graph(gm.graph)
+    untouched, gm = gm, _compat.copy_module(gm)
     try:
         record.passes = run_stages(gm, ctx)
         _check_depth(ctx, options)
@@ -79,8 +80,7 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
             ) from error
         log.warning("a pass failed, the untouched graph is compiled instead: %s", error, exc_info=True)
         record.failure = f"{type(error).__name__}: {error}"
-        gm.graph = untouched
-        gm.recompile()
+        gm = untouched
         ctx = _make_context(gm, example_inputs, options)
     record.pass_seconds = time.perf_counter() - start
     _warn_of_dense_layers(ctx, options)
@@ -96,13 +96,20 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
         _dump(record, options)
     _log_sites(record)
     start = time.perf_counter()
-    compiled = _compat.compile_graph(gm, example_inputs, options.compiler, options.inductor_config())
+    added = [n for n in gm.graph.nodes if n.op == "placeholder"][len(example_inputs) :]
+    for node in added:
+        _compat.own_input(node)
+    inputs = [*example_inputs, *(n.meta["example_value"] for n in added)]
+    compiled = _compat.compile_graph(gm, inputs, options.compiler, options.inductor_config())
     record.compile_seconds = time.perf_counter() - start
     if recorder is not None:
         recorder.graphs.append(record)
     dropped = sorted(ctx.dropped_keys, key=lambda d: -1 if d.output is None else d.output)
     returns_visual = ctx.visual is not None and ctx.visual.node is not None
-    return CompiledGraph(compiled, dense_keys, tuple(dropped), returns_visual, record)
+    partition = None
+    if ctx.partition is not None and options.plan.vision_policy is not None:
+        partition = PartitionRuntime(options.plan.vision_policy, ctx.partition)
+    return CompiledGraph(compiled, dense_keys, tuple(dropped), returns_visual, record, partition)
 
 
 def _make_context(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> PassContext:
@@ -166,7 +173,7 @@ def _dense_keys(gm: fx.GraphModule, ctx: PassContext) -> tuple[tuple[int, int | 
 
 
 def _cached_inputs(attention: fx.Node) -> list[fx.Node]:
-    if op(attention) == "contiguous":
+    if op(attention) in ("contiguous", "getitem"):  # what lowering put behind the attention itself
         attention = attention.args[0]  # type: ignore[assignment]
     if len(attention.args) < 2 or not isinstance(attention.args[1], fx.Node):
         return []

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from avl_fx.dropped_keys import check_stored, mark_buffer, marker
 from avl_fx.modality import attach, carried, given
+from avl_fx.partition_runtime import PartitionRuntime
 from avl_fx.passes.context import DroppedKeys
 from avl_fx.record import GraphRecord, active_recorder
 
@@ -21,7 +22,8 @@ class CompiledGraph:
     """Runs one compiled graph.
 
     Before it: refuses key caches that a lazy plan left empty where this graph attends densely. After it: puts the
-    markers of dropped keys where the model expects keys, and lets discovered visual positions ride on the outputs.
+    markers of dropped keys where the model expects keys, lets discovered visual positions ride on the outputs, and keeps
+    partitioned caches in order.
     """
 
     compiled: Callable[..., Any]
@@ -31,6 +33,7 @@ class CompiledGraph:
     """In ascending order of output position."""
     returns_visual: bool
     record: GraphRecord
+    partition: PartitionRuntime | None = None
 
     def __call__(self, *args: Any) -> Any:
         for position, layer in self.dense_keys:
@@ -38,10 +41,19 @@ class CompiledGraph:
         for drop in self.dropped:
             if drop.placeholder is not None:
                 mark_buffer(args[drop.placeholder])
-        outputs = list(self.compiled(*args))
+        if self.partition is None:
+            outputs = list(self.compiled(*args))
+            visual = outputs.pop() if self.returns_visual else None
+            self._restore(outputs)
+            self._pass_on(args, outputs, visual)
+            return outputs
+        state = self.partition.state(args)
+        outputs = list(self.compiled(*args, *self.partition.inputs(args, state)))
+        returned = [outputs.pop() for _ in self.partition.io.returned()][::-1]
         visual = outputs.pop() if self.returns_visual else None
         self._restore(outputs)
-        self._pass_on(args, outputs, visual)
+        visual = self._pass_on(args, outputs, visual)
+        self.partition.finish(args, outputs, returned, visual, state)
         return outputs
 
     def _restore(self, outputs: list[Any]) -> None:
@@ -54,7 +66,8 @@ class CompiledGraph:
             if drop.output is not None and drop.like_output is None:
                 mark_buffer(outputs[drop.output])
 
-    def _pass_on(self, args: Sequence[Any], outputs: list[Any], visual: Tensor | None) -> None:
+    def _pass_on(self, args: Sequence[Any], outputs: list[Any], visual: Tensor | None) -> Tensor | None:
+        """Let visual positions ride on; returns those of this forward where they are known."""
         recorder = active_recorder()
         if visual is None:
             visual = carried(args) if self.record.visual != "none" or recorder is not None else None
@@ -65,3 +78,4 @@ class CompiledGraph:
             seen = visual if visual is not None else given()
             if seen is not None and self.record.visual != "none":
                 recorder.saw_visual(seen)
+        return visual if visual is not None else given()

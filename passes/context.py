@@ -11,7 +11,7 @@ from torch import fx
 from avl_fx.passes.site import Site
 from avl_fx.plan import Plan
 
-__all__ = ["DroppedKeys", "PassContext", "VisualSource"]
+__all__ = ["CachedTensor", "DroppedKeys", "PartitionIO", "PartitionedLayer", "PassContext", "VisualSource"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,50 @@ class VisualSource:
     """A boolean mask ``[batch, sequence]`` in the graph; ``None`` unless discovered."""
 
 
+@dataclass(frozen=True)
+class CachedTensor:
+    """Where the runtime finds a cache tensor: ``before`` a call among the inputs, ``after`` it among the outputs.
+
+    Only ``before``: a buffer written in place (StaticCache), the same tensor after the call. Only ``after``: a cache
+    that this graph starts.
+    """
+
+    before: int | None = None
+    after: int | None = None
+
+
+@dataclass
+class PartitionedLayer:
+    """One decoder layer whose cache rows the runtime keeps partitioned."""
+
+    layer: int
+    scores_from: int
+    """The layer whose scores decide: itself, or the anchor of its lazy block."""
+    key: CachedTensor | None
+    """``None``: a lazy layer, which reads its anchor's keys."""
+    value: CachedTensor
+    weights: fx.Node | None = None
+    """Scores (prompt) or softmax rows (decode), float32 ``[batch, kv_heads, keys]``; ``None`` for a lazy layer."""
+
+
+@dataclass
+class PartitionIO:
+    """How one graph and the runtime of `partition_modalities` meet."""
+
+    decode: bool
+    """One query: the graph takes ``segments`` and ``weigh``. Otherwise it is dense and only scores."""
+    layers: list[PartitionedLayer]
+    segments: fx.Node | None = None
+    weigh: fx.Node | None = None
+    positions: fx.Node | None = None
+    """Key positions of the queries, in a static cache; int64 ``[queries]``."""
+
+    def returned(self) -> list[fx.Node]:
+        """What the graph returns beyond the model's own outputs, in this order."""
+        nodes = [layer.weights for layer in self.layers if layer.weights is not None]
+        return nodes if self.decode or self.positions is None else [*nodes, self.positions]
+
+
 @dataclass
 class PassContext:
     """Everything that one graph's pipeline shares. Made by the backend, one a graph."""
@@ -57,8 +101,14 @@ class PassContext:
     visual: VisualSource | None = None
     carried_visual: str | None = None
     """``carried`` or ``given`` when visual positions come with the graph's inputs."""
+    partition: PartitionIO | None = None
     initially_unused: frozenset[fx.Node] = frozenset()
 
     def keep(self) -> tuple[fx.Node, ...]:
-        """Nodes without users that a later stage needs."""
-        return () if self.visual is None or self.visual.node is None else (self.visual.node,)
+        """Nodes without users that a later stage needs: they are returned beyond the model's own outputs."""
+        return tuple(self.returned())
+
+    def returned(self) -> list[fx.Node]:
+        """What the graph returns beyond the model's own outputs, in order."""
+        visual = [] if self.visual is None or self.visual.node is None else [self.visual.node]
+        return visual + ([] if self.partition is None else self.partition.returned())

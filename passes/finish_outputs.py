@@ -1,7 +1,7 @@
 """Stage 6: the graph's outputs as the runtime expects them.
 
-Dropped keys are taken out (the runtime puts a marker in their place) and discovered visual positions are appended (the
-runtime takes them off again and carries them to the graphs that follow).
+Dropped keys are taken out (the runtime puts a marker in their place). Discovered visual positions and the scores of
+partitioned layers are appended (the runtime takes them off again).
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ __all__ = ["finish_outputs"]
 
 
 def finish_outputs(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Remove the output positions that `share_queries` emptied; append the visual positions."""
+    """Remove the output positions that `share_queries` emptied; append what the runtime wants to know."""
     output = next(n for n in gm.graph.nodes if n.op == "output")
     emptied = {d.output for d in ctx.dropped_keys if d.like_output is not None}
     returned = [n for i, n in enumerate(output.args[0]) if i not in emptied]
-    if ctx.visual is not None and ctx.visual.node is not None:
-        returned.append(ctx.visual.node)
-    output.args = (tuple(returned),)
+    output.args = (tuple(returned + ctx.returned()),)
     return PassResult("finish_outputs", count=len(emptied))

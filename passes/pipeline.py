@@ -12,6 +12,7 @@ from avl_fx.passes.find_attention import find_attention
 from avl_fx.passes.finish_outputs import finish_outputs
 from avl_fx.passes.locate_modalities import locate_modalities
 from avl_fx.passes.lower import lower
+from avl_fx.passes.partition_modalities import partition_modalities
 from avl_fx.passes.share_queries import share_queries
 from avl_fx.passes.site import PassResult
 from avl_fx.passes.verify import GraphFacts, verify
@@ -24,6 +25,7 @@ STAGES: tuple[Pass, ...] = (
     find_attention,  # every attention call -> one canonical avl::attention node
     locate_modalities,  # where the row-wise visual positions come from
     share_queries,  # lazy blocks inherit queries and keys; dead projections and key writes go
+    partition_modalities,  # decode reads text and core; the rest of the visual keys is skipped
     lower,  # canonical nodes -> operators Inductor knows
     finish_outputs,  # outputs as the runtime expects them
 )

@@ -46,6 +46,9 @@ class Reason(enum.StrEnum):
     ANCHOR_GEOMETRY = "heads, head dim or sequence differ from its anchor"
     ANCHOR_MASK = "mask differs from its anchor's"
     ANCHOR_SCALE = "scale differs from its anchor's"
+    NO_CACHE = "it keeps no cache"
+    NOT_THE_CACHE = "does not attend to its cache as a whole"
+    POSITION_MASK = "its mask depends on the order of the keys"
     KEYS_ESCAPE = "its keys leave the graph in a way that is not a cache"
 
 
@@ -127,6 +130,8 @@ class PassResult:
     """Reason -> number of sites left alone."""
     dropped_mutations: tuple[str, ...] = ()
     """Names of in-place writes that the pass removed on purpose; any other loss fails the verifier."""
+    new_inputs: tuple[str, ...] = ()
+    """Names of the inputs that the pass appended to the graph's."""
     seconds: float = 0.0
 
     def refuse(self, site: Site, reason: Reason, detail: str = "") -> None:

@@ -60,7 +60,7 @@ def verify(gm: fx.GraphModule, before: GraphFacts, ctx: PassContext, result: Pas
     except RuntimeError as error:
         raise VerifierError(f"{stage}: malformed graph: {error}") from error
     facts = GraphFacts.of(gm)
-    if facts.placeholders != before.placeholders:
+    if facts.placeholders != (*before.placeholders, *result.new_inputs):
         raise VerifierError(f"{stage}: the graph's inputs changed")
     allowed = tuple(name for name in before.writes if name not in result.dropped_mutations)
     if facts.writes != allowed:
@@ -73,9 +73,7 @@ def verify(gm: fx.GraphModule, before: GraphFacts, ctx: PassContext, result: Pas
             raise VerifierError(f"{stage}: {write} writes to {target}, which no site gave up")
     expected = before.outputs
     if stage == "finish_outputs":
-        expected += (ctx.visual is not None and ctx.visual.node is not None) - len(
-            {d.output for d in ctx.dropped_keys if d.like_output is not None}
-        )
+        expected += len(ctx.returned()) - len({d.output for d in ctx.dropped_keys if d.like_output is not None})
     if facts.outputs != expected:
         raise VerifierError(f"{stage}: the number of outputs changed")
     nodes = set(gm.graph.nodes)

@@ -1,7 +1,8 @@
 """How an oracle gets between a model and its attention.
 
 An oracle is anything with `attend(layer, q, k, v, mask, scale, causal) -> out`. Transformers models are reached through
-the attention interface. A model of our own offers `layer.attend(q, k, v, mask)` on each decoder layer, which is replaced.
+the attention interface. A model of our own offers `layer.attend(q, k, v, mask)` on each decoder layer, and that is
+replaced.
 """
 
 from collections.abc import Iterator

@@ -10,13 +10,13 @@ Nothing is moved or left out: every step attends to all keys under a mask that h
 so far, the `int(secondary * N)` best are secondary, the `int(core * N)` best are core, equal scores going to the
 earlier key. Whatever was decided before is forgotten.
 
-*One query*, step t = 1, 2, ... since then: text and core; at every `refresh`-th step text and secondary, and that step's
-row picks core anew among secondary. `refresh=0`: secondary at every step, `refresh` steps never come.
+*One query*, step t = 1, 2, ... since then: text and core; at every `refresh`-th step text and secondary, and the row of
+that step picks core anew among secondary. `refresh=0`: secondary at every step, core is never used.
 
 *Text* is what stands behind the first visual key of a batch row and is not visual. `budget = max(round(text * n),
 minimum)`, where n counts all of it so far. Each row a that scores adds `a_j - quantile(a, 1 - text)` to the score of
-each kept text key j, the quantile over those keys (`decay="none"`: adds a_j). Beyond the budget the newest `budget // 2`
-stay and, of the rest, the best `budget - budget // 2` by score. What leaves never comes back.
+each kept text key j, the quantile over those keys (`decay="none"`: adds a_j). Beyond the budget the newest
+`budget // 2` stay and, of the rest, the best `budget - budget // 2` by score. What leaves never comes back.
 
 *Late start*: one query whose layer was never seen before (the prompt ran elsewhere) is dense, and its row starts the
 partition.

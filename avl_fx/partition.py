@@ -1,0 +1,200 @@
+"""The state of a partitioned cache: which rows hold core, secondary and minor visual keys (A-VL, arXiv 2409.14846).
+
+Attention over keys that are all visible does not depend on their order, and RoPE is already in the keys. So the visual
+rows of a stock cache are reordered inside their own positions, core first, then secondary, then minor; text stays where
+it is. The cache remains complete: dense attention over it still gives the exact answer.
+
+All layers of a cache have the same layout, one `Partition`; what differs is which visual token lies in which row. It
+rides on the key tensors, with a generation number and the tensors' versions: a cache that was copied, cropped,
+reordered or written by somebody else has no valid state, and is attended to densely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from avl_fx.passes.partition_modalities import MAX_SEGMENTS
+from avl_fx.policies import VisionPolicy
+
+__all__ = ["Partition", "dense_segments", "find_partition"]
+
+_ATTRIBUTE = "_avl_partition"
+_END = 2**40
+"""A segment of this length reaches the end of the cache, however long it grows."""
+
+
+def dense_segments(batch: int, device: torch.device) -> Tensor:
+    """One segment a row that covers every key; int64 ``[batch, MAX_SEGMENTS, 2]``."""
+    segments = torch.zeros(batch, MAX_SEGMENTS, 2, dtype=torch.int64)
+    segments[:, 0, 1] = _END
+    return segments.to(device)
+
+
+@dataclass
+class Partition:
+    """Layout of one cache, and the order of the visual tokens in each of its layers.
+
+    Shapes: B batch rows, N the most visual tokens of any row, G 1 (shared scores) or the number of KV heads.
+    """
+
+    policy: VisionPolicy
+    visual: Tensor
+    """bool ``[B, prompt]``: visual key positions."""
+    slots: Tensor
+    """int64 ``[B, N]``: visual key positions in ascending order; ``-1`` beyond a row's own."""
+    core: Tensor
+    """int64 ``[B]``: rows of core, the first so many slots."""
+    secondary: Tensor
+    """int64 ``[B]``"""
+    core_segments: Tensor
+    secondary_segments: Tensor
+    length: int = 0
+    """Keys so far, padding included."""
+    step: int = 0
+    """Decode steps since the last prompt."""
+    generation: int = 0
+    """Calls so far: older key tensors of this cache are out of date."""
+    tokens: dict[int, Tensor] = field(default_factory=dict)
+    """Layer -> int64 ``[B, G, N]``: which visual token of the row lies in which slot."""
+
+    @classmethod
+    def start(cls, policy: VisionPolicy, visual: Tensor, length: int) -> Partition | None:
+        """The layout for visual positions ``[B, prompt]``; ``None`` without visual keys or with too many spans."""
+        visual = visual.to("cpu")
+        counts = visual.sum(1)
+        most = int(counts.max()) if len(counts) else 0
+        if most == 0:
+            return None
+        slots = torch.full((len(visual), most), -1, dtype=torch.int64)
+        for row, flags in enumerate(visual):
+            slots[row, : counts[row]] = flags.nonzero().flatten()
+        core = torch.tensor([int(policy.core * int(n)) for n in counts], dtype=torch.int64)
+        secondary = torch.tensor([int(policy.secondary * int(n)) for n in counts], dtype=torch.int64)
+        core_segments, secondary_segments = _segments(slots, core), _segments(slots, secondary)
+        if core_segments is None or secondary_segments is None:
+            return None
+        return cls(policy, visual, slots, core, secondary, core_segments, secondary_segments, length)
+
+    def to(self, device: torch.device) -> Partition:
+        """Move the tensors that calls on ``device`` read; in place."""
+        for name in ("slots", "core", "secondary", "core_segments", "secondary_segments"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether the next decode step picks core anew."""
+        return self.policy.refresh > 0 and (self.step + 1) % self.policy.refresh == 0
+
+    @property
+    def segments(self) -> Tensor:
+        """What the next decode step reads."""
+        return self.secondary_segments if self.refreshes or self.policy.refresh == 0 else self.core_segments
+
+    # ---- moving rows -----------------------------------------------------------------------------------------------
+
+    def first_order(self, layer: int, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Rank the visual keys of ``layer`` by ``scores`` ``[B, KV, keys]``: core first, then secondary, then minor.
+
+        Within each they keep their order. Returns ``(source, slots)`` as `avl::partition_` takes them.
+        """
+        scores = self._of_slots(scores, self.slots)
+        rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        zone = (rank >= self.core[:, None, None]).long() + (rank >= self.secondary[:, None, None]).long()
+        order = zone.argsort(dim=-1, stable=True)
+        self.tokens[layer] = order
+        slots = self.slots[:, None].expand_as(order)
+        return slots.gather(2, order), slots
+
+    def next_order(self, layer: int, weights: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Pick core anew among secondary by one step's softmax rows ``[B, KV, keys]``.
+
+        Returns ``(source, slots)`` of the rows that change places, or ``None`` when none does.
+        """
+        width = int(self.secondary.max())
+        if width == 0:
+            return None
+        slots, tokens = self.slots[:, :width], self.tokens[layer][..., :width]
+        index = torch.arange(width, device=slots.device)
+        scores = self._of_slots(weights, slots)
+        scores = scores.masked_fill(index >= self.secondary[:, None, None], -torch.inf)
+        # Equal scores go to the earlier token.
+        by_token = tokens.argsort(-1)
+        rank = torch.empty_like(by_token)
+        best = by_token.gather(2, scores.gather(2, by_token).argsort(dim=-1, descending=True, stable=True))
+        rank.scatter_(2, best, index.expand_as(best))
+        wanted, inside = rank < self.core[:, None, None], index < self.core[:, None, None]
+        entering, leaving = wanted & ~inside, ~wanted & inside
+        moves = int(entering.sum(-1).max())
+        if moves == 0:
+            return None
+        here = leaving.long().argsort(dim=-1, descending=True, stable=True)[..., :moves]
+        there = entering.long().argsort(dim=-1, descending=True, stable=True)[..., :moves]
+        real = entering.gather(2, there)
+        pairs, partners = torch.cat([here, there], -1), torch.cat([there, here], -1)
+        real = torch.cat([real, real], -1)
+        all_slots = slots[:, None].expand_as(tokens)
+        target = all_slots.gather(2, pairs).masked_fill(~real, -1)
+        source = all_slots.gather(2, partners).masked_fill(~real, 0)
+        swapped = tokens.gather(2, partners)
+        kept = tokens.gather(2, pairs)
+        self.tokens[layer][..., :width].scatter_(2, pairs, torch.where(real, swapped, kept))
+        return source, target
+
+    def _of_slots(self, rows: Tensor, slots: Tensor) -> Tensor:
+        """``rows`` ``[B, KV, keys]`` at ``slots``: ``[B, G, slots]``, minus infinity where there is no slot."""
+        if self.policy.scores == "shared":
+            rows = rows.mean(1, keepdim=True)
+        index = slots[:, None].expand(-1, rows.shape[1], -1)
+        return rows.gather(2, index.clamp(min=0)).masked_fill(index < 0, -torch.inf)
+
+    # ---- riding on key tensors -------------------------------------------------------------------------------------
+
+    def attach(self, keys: Sequence[Tensor]) -> None:
+        """Let this state ride on ``keys``, the key tensors of all its layers as they are now."""
+        for tensor in keys:
+            setattr(tensor, _ATTRIBUTE, (self, self.generation, _version(tensor)))
+
+
+def find_partition(keys: Sequence[Tensor], policy: VisionPolicy) -> Partition | None:
+    """The state that rides on all of ``keys``; ``None`` when it is missing, out of date or another plan's."""
+    found = {id(state): state for state in (_valid(tensor) for tensor in keys)}
+    if len(found) != 1:
+        return None
+    partition = next(iter(found.values()))
+    return partition if partition is not None and partition.policy == policy else None
+
+
+def _valid(tensor: Tensor) -> Partition | None:
+    state = getattr(tensor, _ATTRIBUTE, None)
+    if state is None:
+        return None
+    partition, generation, version = state
+    return partition if generation == partition.generation and version == _version(tensor) else None
+
+
+def _version(tensor: Tensor) -> int:
+    # Inference tensors do not count their writes. Those of a dynamic cache are new each step; a static buffer that
+    # somebody resets under inference mode keeps its address, so nothing is known about it.
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _segments(slots: Tensor, keep: Tensor) -> Tensor | None:
+    """Everything but the slots beyond the first ``keep``; int64 ``[B, MAX_SEGMENTS, 2]``, or ``None`` if too many."""
+    segments = torch.zeros(len(slots), MAX_SEGMENTS, 2, dtype=torch.int64)
+    for row, (positions, count) in enumerate(zip(slots.tolist(), keep.tolist(), strict=True)):
+        skipped = [p for p in positions[count:] if p >= 0]
+        start, ranges = 0, []
+        for position in skipped:
+            if position > start:
+                ranges.append((start, position - start))
+            start = position + 1
+        ranges.append((start, _END))
+        if len(ranges) > MAX_SEGMENTS:
+            return None
+        segments[row, : len(ranges)] = torch.tensor(ranges, dtype=torch.int64)
+    return segments

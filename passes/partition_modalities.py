@@ -1,0 +1,182 @@
+"""Stage 4: decode reads text and the critical visual keys only (A-VL, arXiv 2409.14846, sections 4.1 and 4.2).
+
+A graph of several queries (a prompt, a later turn) stays dense. For each site it returns one row of scores more: how
+much its last queries attended to each key. Between calls the runtime picks core and secondary from it and *reorders the
+visual rows of the cache in place* (`avl_fx.partition`), so that core is contiguous.
+
+A graph of one query (a decode step) attends through `avl::partitioned_decode`, which reads only the key ranges that an
+additional input names. Which ranges those are (everything, text and core, text and secondary) is data: one graph serves
+every step, nothing is compiled anew, and where the state of the cache is unknown the range is everything, which is
+exact.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+# Importing the operators registers them.
+from avl_fx.kernels import partitioned_decode as _partitioned_decode  # noqa: F401
+from avl_fx.kernels import visual_scores as _visual_scores  # noqa: F401
+from avl_fx.passes.context import CachedTensor, PartitionedLayer, PartitionIO, PassContext
+from avl_fx.passes.nodes import alias_root, fake, mutated_input, op, same_shape, writes_to
+from avl_fx.passes.rewrite import insert_call, remove_dead
+from avl_fx.passes.share_queries import decoder_sites
+from avl_fx.passes.site import PassResult, Reason, Site, Status
+
+__all__ = ["MAX_SEGMENTS", "partition_modalities"]
+
+MAX_SEGMENTS = 64
+"""Key ranges a batch row may have; rows that need more are attended to densely."""
+
+_QUERY, _KEY, _VALUE, _MASK, _SCALE, _CAUSAL = range(6)
+_SAME_TENSOR = frozenset({"detach", "alias"})
+
+
+def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+    """Apply ``ctx.plan.vision_policy`` to the decoder's sites."""
+    result = PassResult("partition_modalities")
+    policy = ctx.plan.vision_policy
+    if policy is None or policy.is_identity:
+        return result
+    layers: list[tuple[Site, PartitionedLayer]] = []
+    by_key: dict[fx.Node, Site] = {}
+    for site in decoder_sites(ctx):
+        if site.node is None or site.status is Status.REFUSED:
+            continue
+        outcome = _understand(gm, site, by_key)
+        if isinstance(outcome, PartitionedLayer):
+            layers.append((site, outcome))
+            by_key.setdefault(site.node.args[_KEY], site)  # type: ignore[arg-type]
+        else:
+            result.refuse(site, *outcome)
+    if not layers:
+        return result
+    decode = layers[0][0].queries == 1
+    io = PartitionIO(decode=decode, layers=[layer for _, layer in layers])
+    if decode:
+        io.segments, io.weigh = _add_inputs(gm, layers[0][0])
+        result.new_inputs = (io.segments.name, io.weigh.name)
+    elif positions := _static_positions(layers[0][0]):
+        io.positions = positions
+    for site, layer in layers:
+        inherits = layer.scores_from != layer.layer
+        if decode:
+            weights = _read_segments(site, io)
+            layer.weights = None if inherits else weights
+        elif not inherits:
+            layer.weights = _score(site, io, policy.scoring_window)
+        site.status = Status.REWRITTEN
+        site.action = f"{site.action}, partitioned" if inherits else "partitioned"
+        result.count += 1
+    ctx.partition = io
+    remove_dead(gm.graph, ctx.initially_unused, keep=ctx.keep())
+    return result
+
+
+def _understand(
+    gm: fx.GraphModule, site: Site, by_key: dict[fx.Node, Site]
+) -> PartitionedLayer | tuple[Reason, str]:
+    """Where the runtime finds keys and values of ``site`` before and after a call; or why it is not partitioned."""
+    assert site.node is not None
+    if site.kind != "full":
+        return Reason.POSITION_MASK, site.kind
+    if site.cache not in ("dynamic", "static"):
+        return Reason.NO_CACHE, ""
+    if site.layer is None:
+        return Reason.LAYER_UNKNOWN, ""
+    key, value = site.node.args[_KEY], site.node.args[_VALUE]
+    anchor = by_key.get(key)  # type: ignore[arg-type]
+    stored_value = _stored(gm, value)
+    stored_key = None if anchor is not None else _stored(gm, key)
+    if stored_value is None or (stored_key is None and anchor is None):
+        return Reason.NOT_THE_CACHE, "keys" if stored_value is not None else "values"
+    scores_from = site.layer if anchor is None else anchor.layer
+    assert scores_from is not None
+    return PartitionedLayer(site.layer, scores_from, stored_key, stored_value)
+
+
+def _stored(gm: fx.GraphModule, tensor: Any) -> CachedTensor | None:
+    """Where the whole of ``tensor`` is kept between calls; ``None`` when it is not a cache tensor as it stands."""
+    node = tensor
+    while isinstance(node, fx.Node):
+        target = mutated_input(node)
+        if target is not None:
+            node = target
+        elif op(node) in _SAME_TENSOR:
+            node = node.args[0]
+        else:
+            break
+    if not isinstance(node, fx.Node):
+        return None
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    if node.op == "placeholder":
+        return CachedTensor(before=placeholders.index(node)) if writes_to(node) else None
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    root = alias_root(node)
+    returned = [
+        (i, n) for i, n in enumerate(output.args[0]) if isinstance(n, fx.Node) and alias_root(n) is root
+    ]
+    if len(returned) != 1 or not same_shape(returned[0][1], node):
+        return None
+    before = None
+    if op(root) == "cat" and isinstance(root.args[0], tuple | list) and len(root.args[0]) == 2:
+        past = alias_root(root.args[0][0])
+        before = placeholders.index(past) if past.op == "placeholder" else None
+    return CachedTensor(before=before, after=returned[0][0])
+
+
+def _static_positions(site: Site) -> fx.Node | None:
+    """The key positions ``[queries]`` that a static cache writes this graph's keys to."""
+    assert site.node is not None
+    for write in writes_to(alias_root(site.node.args[_KEY])):  # type: ignore[arg-type]
+        if op(write) == "index_copy_":
+            return write.args[2]  # type: ignore[return-value]
+    return None
+
+
+def _add_inputs(gm: fx.GraphModule, site: Site) -> tuple[fx.Node, fx.Node]:
+    """Append the inputs ``segments`` int64 ``[batch, MAX_SEGMENTS, 2]`` and ``weigh`` int32 ``[1]``."""
+    assert site.node is not None
+    query = fake(site.node.args[_QUERY])
+    after = [n for n in gm.graph.nodes if n.op == "placeholder"][-1].next
+    made = []
+    for name, shape, dtype in (
+        ("avl_segments", (query.shape[0], MAX_SEGMENTS, 2), torch.int64),
+        ("avl_weigh", (1,), torch.int32),
+    ):
+        with gm.graph.inserting_before(after):
+            node = gm.graph.placeholder(name)
+        with query.fake_mode:
+            node.meta["example_value"] = torch.empty(shape, dtype=dtype, device=query.device)
+        made.append(node)
+    return made[0], made[1]
+
+
+def _read_segments(site: Site, io: PartitionIO) -> fx.Node:
+    """Let ``site`` read the ranges in ``io.segments``; returns the node of its weights."""
+    node = site.node
+    assert node is not None
+    query, key, value, mask, scale, _, _ = node.args
+    both = insert_call(
+        node,
+        torch.ops.avl.partitioned_decode.default,
+        *(query, key, value, None, None, mask, io.segments, io.weigh, scale),
+    )
+    out = insert_call(node, operator.getitem, both, 0)
+    weights = insert_call(node, operator.getitem, both, 1)
+    node.replace_all_uses_with(out)
+    site.node = out
+    return weights
+
+
+def _score(site: Site, io: PartitionIO, window: int) -> fx.Node:
+    node = site.node
+    assert node is not None
+    query, key, _, mask, scale, is_causal, _ = node.args
+    return insert_call(
+        node, torch.ops.avl.visual_scores.default, query, key, mask, io.positions, scale, is_causal, window
+    )
