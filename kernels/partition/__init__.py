@@ -1,6 +1,9 @@
 """Rows of a key cache in another order, in place: schema, reference, and one implementation a device."""
 
 from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from avl_fx.kernels.partition.cpu import partition_cpu
 from avl_fx.kernels.partition.reference import partition_reference
@@ -9,10 +12,11 @@ from avl_fx.kernels.partition.schema import partition_
 __all__ = ["IMPLEMENTATIONS", "partition_", "partition_reference"]
 
 
-def _cuda(*args: object) -> None:
+def _cuda(*args: Any) -> None:
     from avl_fx.kernels.partition.triton import partition_triton
 
-    partition_triton(*args)
+    with torch.cuda.device_of(args[2]):
+        partition_triton(*args)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., None]] = {

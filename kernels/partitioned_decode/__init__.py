@@ -1,7 +1,9 @@
 """Decode attention over ranges of the key cache: schema, reference, and one implementation a device."""
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from avl_fx.kernels.partitioned_decode.cpu import partitioned_decode_cpu
@@ -11,10 +13,11 @@ from avl_fx.kernels.partitioned_decode.schema import partitioned_decode
 __all__ = ["IMPLEMENTATIONS", "partitioned_decode", "partitioned_decode_reference"]
 
 
-def _cuda(*args: object) -> tuple[Tensor, Tensor]:
+def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
     from avl_fx.kernels.partitioned_decode.triton import partitioned_decode_triton
 
-    return partitioned_decode_triton(*args)
+    with torch.cuda.device_of(args[0]):
+        return partitioned_decode_triton(*args)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

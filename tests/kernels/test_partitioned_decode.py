@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -30,7 +31,6 @@ HEADS = ((4, 4), (8, 2), (6, 1))
 LARGE = 2**62
 DENSE = [(0, LARGE)]
 LAYOUTS = ("heads outside", "heads inside")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 Rows = list[list[tuple[int, int]]]
 
@@ -116,8 +116,15 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float("inf") if difference != difference else difference / max(expected.double().abs().max().item(), 1e-30)
 
 
-def check(case: Case, rows: Rows, mask: Tensor | None = None, scale: float = 0.3) -> None:
-    """Reference against float64, implementations against the reference, with and without weights."""
+def check(
+    case: Case,
+    rows: Rows,
+    mask: Tensor | None = None,
+    scale: float = 0.3,
+    attend: Callable[..., tuple[Tensor, Tensor]] = IMPLEMENTATIONS["cpu"],
+    wishes: tuple[bool, ...] = (True, False),
+) -> None:
+    """Reference against float64, an implementation against the reference, with and without weights."""
     tensors, ranges = case.tensors(), segments(rows)
     expected = truth(*tensors, mask, rows, scale)
     reference = partitioned_decode_reference(*tensors, None, None, mask, ranges, asked(), scale)
@@ -126,8 +133,8 @@ def check(case: Case, rows: Rows, mask: Tensor | None = None, scale: float = 0.3
     for got, wanted in zip(reference, expected, strict=True):
         assert got.shape == wanted.shape
         assert error(got, wanted) <= TOLERANCE[case.dtype]
-    for wanted in (True, False):
-        out, weights = IMPLEMENTATIONS["cpu"](*tensors, None, None, mask, ranges, asked(wanted), scale)
+    for wanted in wishes:
+        out, weights = attend(*tensors, None, None, mask, ranges, asked(wanted), scale)
         assert (out.shape, out.dtype) == (reference[0].shape, case.dtype)
         assert (weights.shape, weights.dtype) == (reference[1].shape, torch.float32)
         assert error(out, reference[0]) <= TOLERANCE[case.dtype]
@@ -291,6 +298,21 @@ def test_nan_that_is_read_shows(shape: str, masked: bool) -> None:
 
 
 # ---- the new row -----------------------------------------------------------------------------------------------------
+
+
+def check_new_row(case: Case, rows: Rows, attend: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """The result is that of keys and values with one more row; of the buffers, just that row changes."""
+    query, new, mask = case.tensors()[0], case.new(), case.visible((2, 1, 1, 41))
+    buffers, views = zip(*(case.cache(dim, seed) for dim, seed in ((16, 1), (24, 2))), strict=True)
+    before = [buffer.clone() for buffer in buffers]
+    result = attend(query, *views, *new, mask, segments(rows), asked(), 0.3)
+    for buffer, old, row in zip(buffers, before, new, strict=True):
+        old[:, :, 40:41] = row
+        assert torch.equal(buffer.nan_to_num(5.0), old.nan_to_num(5.0))
+    joined = [torch.cat([view, row], 2) for view, row in zip(views, new, strict=True)]
+    expected = partitioned_decode_reference(query, *joined, None, None, mask, segments(rows), asked(), 0.3)
+    assert error(result[0], expected[0]) <= TOLERANCE[case.dtype]
+    assert error(result[1], expected[1]) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

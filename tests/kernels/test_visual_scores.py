@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -104,11 +105,12 @@ def check(
     window: int = 1,
     positions: Tensor | None = None,
     scale: float = 0.3,
+    implementation: Callable[..., Tensor] = IMPLEMENTATIONS["cpu"],
 ) -> Tensor:
-    """Reference against float64, the CPU implementation against the reference."""
+    """The reference and an implementation against float64."""
     arguments = (*case.tensors(), mask, positions, scale, causal, window)
     expected = truth(*arguments)
-    for score in (visual_scores_reference, IMPLEMENTATIONS["cpu"]):
+    for score in (visual_scores_reference, implementation):
         scores = score(*arguments)
         assert (scores.shape, scores.dtype) == ((case.batch, case.kv_heads, case.keys), torch.float32)
         assert error(scores, expected) <= TOLERANCE

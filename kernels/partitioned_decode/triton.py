@@ -1,0 +1,386 @@
+"""Triton implementation of `avl::partitioned_decode` for CUDA and ROCm: split-KV flash decoding over key ranges.
+
+Three launches. `attend_kernel`: one program for each key/value head and split; the query heads of a group are the rows
+of its tile, so each key is read once for all of them. The keys that a batch row reads are numbered through, and each
+split takes an equal share of these numbers, however the ranges lie. `merge_kernel` joins the splits of each query head.
+`weigh_kernel` goes over the keys once more where weights are asked for, and returns at once where they are not.
+
+Nothing here waits for the device: ranges and the wish for weights are read there. The number of splits follows from the
+sizes alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from avl_fx.kernels.partitioned_decode.capacity import with_spare_row
+from avl_fx.kernels.splits import split_count
+
+BLOCK_KEYS = 64
+"""Keys of one tile."""
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-2e38)
+"""Times LOG2_E it is still a float32; added to any logit it is all that is left."""
+
+
+@triton.jit
+def _ranges(segments, batch_row, keys, entries, BLOCK_S: tl.constexpr):
+    """Starts and clipped lengths of the ranges of one batch row, ``[BLOCK_S]`` int64."""
+    entry = tl.arange(0, BLOCK_S)
+    at = segments + (batch_row * entries + entry) * 2
+    start = tl.load(at, mask=entry < entries, other=0)
+    length = tl.load(at + 1, mask=entry < entries, other=0)
+    return start, tl.maximum(tl.minimum(length, keys - start), 0)
+
+
+@triton.jit
+def _hides(mask, head, position, read, stride_head, stride_key, GROUP: tl.constexpr, MASK: tl.constexpr):
+    """What the mask adds to the logits of ``[heads, keys]``, in units of log 2: 0, any bias, or -inf."""
+    inside = (head < GROUP)[:, None] & read[None, :]
+    at = mask + head[:, None].to(tl.int64) * stride_head + position[None, :] * stride_key
+    if MASK == "bool":
+        bias = tl.where(tl.load(at, mask=inside, other=0) != 0, 0.0, float("-inf"))
+    else:
+        bias = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
+        # The lowest finite mask stays finite: a row of nothing else is uniform.
+        bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias, LOWEST) * LOG2_E)
+    return bias
+
+
+@triton.jit
+def _logits(query, key, scale, BLOCK_G: tl.constexpr):
+    """``[heads, keys]`` in float32, in units of log 2; one head is a sum, more are a matrix product."""
+    if BLOCK_G == 1:
+        logits = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1)[None, :]
+    else:
+        logits = tl.dot(query, tl.trans(key), input_precision="ieee")
+    return logits * (scale * LOG2_E)
+
+
+@triton.jit
+def _update(logits, most, total):
+    """One step of the running softmax: probabilities, factor on what was summed so far, new maximum and sum."""
+    new = tl.maximum(most, tl.max(logits, axis=1))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    probabilities = tl.exp2(logits - base[:, None])
+    factor = tl.exp2(most - base)
+    return probabilities, factor, new, total * factor + tl.sum(probabilities, axis=1)
+
+
+@triton.jit(do_not_specialize=["keys"])
+def attend_kernel(
+    query,
+    key,
+    value,
+    new_key,
+    new_value,
+    mask,
+    segments,
+    part_out,
+    part_max,
+    part_sum,
+    scale,
+    keys,
+    kv_heads,
+    entries,
+    query_batch,
+    query_head,
+    key_batch,
+    key_head,
+    key_row,
+    value_batch,
+    value_head,
+    value_row,
+    new_key_batch,
+    new_key_head,
+    new_value_batch,
+    new_value_head,
+    mask_batch,
+    mask_head,
+    mask_key,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    MASK: tl.constexpr,
+    APPEND: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Attention of one group of heads over one split of what its batch row reads; stores the new row if there is one.
+
+    ``keys`` counts the rows that are stored already: the new one is taken from where it comes from.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    batch_row, kv_head = program // kv_heads, program % kv_heads
+    g, d, v = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    head = kv_head * GROUP + g
+    in_query = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    q = tl.load(query + batch_row * query_batch + head[:, None] * query_head + d[None, :], mask=in_query, other=0.0)
+    key += batch_row * key_batch + kv_head * key_head
+    value += batch_row * value_batch + kv_head * value_head
+    if MASK != "none":
+        mask += batch_row * mask_batch + kv_head * GROUP * mask_head
+
+    start, length = _ranges(segments, batch_row, keys, entries, BLOCK_S)
+    behind = tl.cumsum(length, 0)
+    before = behind - length
+    count = tl.sum(length, 0)
+    share = tl.cdiv(tl.cdiv(count, splits), BLOCK_K) * BLOCK_K
+    first = split * share
+    end = tl.minimum(first + share, count)
+
+    most = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    out = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
+    for at in range(first, end, BLOCK_K):
+        number = at + tl.arange(0, BLOCK_K)
+        read = number < end
+        within = (number[:, None] >= before[None, :]) & (number[:, None] < behind[None, :])
+        position = tl.sum(tl.where(within, number[:, None] - before[None, :] + start[None, :], 0), axis=1)
+        if MASK != "none":
+            bias = _hides(mask, g, position, read, mask_head, mask_key, GROUP, MASK)
+            read = read & (tl.max(bias, axis=0) != float("-inf"))
+        in_key = read[:, None] & (d < HEAD_DIM)[None, :]
+        k = tl.load(key + position[:, None] * key_row + d[None, :], mask=in_key, other=0.0)
+        logits = _logits(q, k, scale, BLOCK_G)
+        if MASK != "none":
+            logits = tl.where(bias == float("-inf"), float("-inf"), logits + bias)
+        logits = tl.where(read[None, :], logits, float("-inf"))
+        p, factor, most, total = _update(logits, most, total)
+        in_value = read[:, None] & (v < VALUE_DIM)[None, :]
+        x = tl.load(value + position[:, None] * value_row + v[None, :], mask=in_value, other=0.0)
+        if BLOCK_G == 1:
+            product = tl.sum(tl.trans(p) * x.to(tl.float32), axis=0)[None, :]
+        else:
+            product = tl.dot(p.to(x.dtype), x, input_precision="ieee")
+        out = out * factor[:, None] + product
+
+    if APPEND and split == 0:
+        row = keys.to(tl.int64)
+        in_key, in_value = d < HEAD_DIM, v < VALUE_DIM
+        k = tl.load(new_key + batch_row * new_key_batch + kv_head * new_key_head + d, mask=in_key, other=0.0)
+        x = tl.load(new_value + batch_row * new_value_batch + kv_head * new_value_head + v, mask=in_value, other=0.0)
+        tl.store(key + row * key_row + d, k, mask=in_key)
+        tl.store(value + row * value_row + v, x, mask=in_value)
+        _, longer = _ranges(segments, batch_row, row + 1, entries, BLOCK_S)
+        seen = (g < GROUP) & (tl.sum(longer - length, 0) > 0)
+        logit = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * (scale * LOG2_E)
+        if MASK != "none":
+            here, there = tl.full([1], 1, tl.int1), row + tl.zeros([1], tl.int64)
+            extra = tl.max(_hides(mask, g, there, here, mask_head, mask_key, GROUP, MASK), axis=1)
+            seen = seen & (extra != float("-inf"))
+            logit = logit + extra
+        logit = tl.where(seen, logit, float("-inf"))
+        p, factor, most, total = _update(logit[:, None], most, total)
+        out = out * factor[:, None] + tl.where(seen[:, None], p * x.to(tl.float32)[None, :], 0.0)
+
+    part = (program * splits + split) * GROUP + g
+    tl.store(part_max + part, most, mask=g < GROUP)
+    tl.store(part_sum + part, total, mask=g < GROUP)
+    in_out = (g < GROUP)[:, None] & (v < VALUE_DIM)[None, :]
+    tl.store(part_out + part[:, None] * VALUE_DIM + v[None, :], out, mask=in_out)
+
+
+@triton.jit
+def merge_kernel(
+    part_out,
+    part_max,
+    part_sum,
+    out,
+    lse,
+    splits,
+    GROUP: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Joins the splits of one query head, and keeps the logarithm of its sum."""
+    head = tl.program_id(0).to(tl.int64)
+    p, v = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_V)
+    part = ((head // GROUP) * splits + p) * GROUP + head % GROUP
+    most = tl.load(part_max + part, mask=p < splits, other=float("-inf"))
+    sums = tl.load(part_sum + part, mask=p < splits, other=0.0)
+    in_part = (p < splits)[:, None] & (v < VALUE_DIM)[None, :]
+    parts = tl.load(part_out + part[:, None] * VALUE_DIM + v[None, :], mask=in_part, other=0.0)
+    base = tl.max(most, axis=0)
+    base = tl.where(base == float("-inf"), 0.0, base)
+    factor = tl.exp2(most - base)
+    total = tl.sum(factor * sums, axis=0)
+    divisor = tl.where(total == 0.0, 1.0, total)
+    result = tl.sum(factor[:, None] * parts, axis=0) / divisor
+    tl.store(out + head * VALUE_DIM + v, result.to(out.dtype.element_ty), mask=v < VALUE_DIM)
+    # A row that sees nothing has weights 0 = exp2(-inf).
+    tl.store(lse + head, tl.where(total == 0.0, float("inf"), base + tl.log2(divisor)))
+
+
+@triton.jit(do_not_specialize=["keys"])
+def weigh_kernel(
+    query,
+    key,
+    mask,
+    segments,
+    weigh,
+    lse,
+    weights,
+    scale,
+    keys,
+    kv_heads,
+    entries,
+    query_batch,
+    query_head,
+    key_batch,
+    key_head,
+    key_row,
+    mask_batch,
+    mask_head,
+    mask_key,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Probabilities of one tile of keys, averaged over the heads of a group; ``keys`` counts the new row as well."""
+    if tl.load(weigh) != 0:
+        program = tl.program_id(0).to(tl.int64)
+        batch_row, kv_head = program // kv_heads, program % kv_heads
+        g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+        head = kv_head * GROUP + g
+        position = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+        start, length = _ranges(segments, batch_row, keys, entries, BLOCK_S)
+        within = (position[:, None] >= start[None, :]) & (position[:, None] < (start + length)[None, :])
+        read = tl.max(within.to(tl.int32), axis=1) > 0
+        if MASK != "none":
+            mask += batch_row * mask_batch + kv_head * GROUP * mask_head
+            bias = _hides(mask, g, position, read, mask_head, mask_key, GROUP, MASK)
+            read = read & (tl.max(bias, axis=0) != float("-inf"))
+        in_query = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+        q = tl.load(query + batch_row * query_batch + head[:, None] * query_head + d[None, :], mask=in_query, other=0.0)
+        key += batch_row * key_batch + kv_head * key_head
+        in_key = read[:, None] & (d < HEAD_DIM)[None, :]
+        k = tl.load(key + position[:, None] * key_row + d[None, :], mask=in_key, other=0.0)
+        logits = _logits(q, k, scale, BLOCK_G)
+        if MASK != "none":
+            logits = tl.where(bias == float("-inf"), float("-inf"), logits + bias)
+        norm = tl.load(lse + program * GROUP + g, mask=g < GROUP, other=float("inf"))
+        p = tl.where(read[None, :] & (g < GROUP)[:, None], tl.exp2(logits - norm[:, None]), 0.0)
+        tl.store(weights + program * keys + position, tl.sum(p, axis=0) / GROUP, mask=position < keys)
+
+
+def partitioned_decode_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    new_key: Tensor | None,
+    new_value: Tensor | None,
+    mask: Tensor | None,
+    segments: Tensor,
+    weigh: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`avl::partitioned_decode` on CUDA and ROCm; see the schema for shapes."""
+    batch, heads, _, head_dim = query.shape
+    kv_heads, keys, value_dim = *key.shape[1:3], value.shape[3]
+    append, new_strides = False, (0, 0, 0, 0)
+    if new_key is not None and new_value is not None:
+        append = True
+        key, value = with_spare_row(key), with_spare_row(value)
+        new_key, new_value = (new if new.stride(3) == 1 else new.contiguous() for new in (new_key, new_value))
+        new_strides = (*new_key.stride()[:2], *new_value.stride()[:2])
+    seen = key.shape[2]
+    group = heads // kv_heads
+    segments = segments.contiguous()
+    query = query if query.stride(3) == 1 else query.contiguous()
+    blocks = {
+        "BLOCK_G": 1 if group == 1 else max(16, triton.next_power_of_2(group)),
+        "BLOCK_K": BLOCK_KEYS,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_S": triton.next_power_of_2(max(1, segments.shape[1])),
+    }
+    kind, mask, mask_strides = _mask(mask, (batch, heads, 1, seen))
+    splits = split_count(batch * kv_heads, seen, query.device)
+    block_v = max(16, triton.next_power_of_2(value_dim))
+
+    out = query.new_empty(batch, heads, 1, value_dim)
+    weights = query.new_empty(batch, kv_heads, seen, dtype=torch.float32)
+    lse = query.new_empty(batch, heads, dtype=torch.float32)
+    part_out = query.new_empty(batch * kv_heads, splits, group, value_dim, dtype=torch.float32)
+    part_max, part_sum = query.new_empty(2, batch * kv_heads, splits, group, dtype=torch.float32)
+    attend_kernel[(batch * kv_heads, splits)](
+        query,
+        key,
+        value,
+        new_key,
+        new_value,
+        mask,
+        segments,
+        part_out,
+        part_max,
+        part_sum,
+        scale,
+        keys,
+        kv_heads,
+        segments.shape[1],
+        *query.stride()[:2],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *new_strides,
+        *mask_strides,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        MASK=kind,
+        APPEND=append,
+        BLOCK_V=block_v,
+        **blocks,
+    )
+    merge_kernel[(batch * heads,)](
+        part_out,
+        part_max,
+        part_sum,
+        out,
+        lse,
+        splits,
+        GROUP=group,
+        VALUE_DIM=value_dim,
+        BLOCK_V=block_v,
+        BLOCK_P=triton.next_power_of_2(splits),
+    )
+    weigh_kernel[(batch * kv_heads, triton.cdiv(seen, BLOCK_KEYS))](
+        query,
+        key,
+        mask,
+        segments,
+        weigh,
+        lse,
+        weights,
+        scale,
+        seen,
+        kv_heads,
+        segments.shape[1],
+        *query.stride()[:2],
+        *key.stride()[:3],
+        *mask_strides,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        MASK=kind,
+        **blocks,
+    )
+    return out, weights
+
+
+def _mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[str, Tensor | None, tuple[int, int, int]]:
+    """Its kind, the mask as the kernels load it, and its strides over batch, heads and keys."""
+    if mask is None:
+        return "none", None, (0, 0, 0)
+    full = mask.expand(shape)
+    strides = (full.stride(0), full.stride(1), full.stride(3))
+    return ("bool", full.view(torch.uint8), strides) if mask.dtype == torch.bool else ("additive", full, strides)

@@ -1,0 +1,39 @@
+"""The Triton kernels: every case of `_triton_cases.py`, interpreted on the CPU and compiled on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = Path(__file__).parent / "_triton_cases.py"
+
+
+def run_cases(**environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)]
+    result = subprocess.run(
+        command, cwd=CASES.parents[2], env={**os.environ, **environment}, capture_output=True, text=True, timeout=500
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+
+
+def test_interpreted() -> None:
+    pytest.importorskip("triton")
+    run_cases(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+def test_on_a_gpu() -> None:
+    run_cases(TRITON_INTERPRET="0")
+
+
+def test_triton_is_imported_late() -> None:
+    """The package works where Triton is not installed."""
+    check = "import sys, avl_fx.kernels.partitioned_decode, avl_fx.kernels.visual_scores, avl_fx.kernels.partition\n"
+    check += "assert not [name for name in sys.modules if name.endswith('.triton') and name.startswith('avl_fx')]"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=CASES.parents[2], timeout=120)
