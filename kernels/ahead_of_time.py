@@ -1,0 +1,211 @@
+"""Compiles the Triton kernels for GPUs that are not there: `python -m avl_fx.kernels.ahead_of_time [file.json]`.
+
+A launch is recorded while an operator's wrapper runs on CPU tensors, so the signatures are those of real calls; Triton
+then compiles it for each target. Nothing is run. What comes out are the resources that each kernel takes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+__all__ = ["SPECIMENS", "TARGETS", "Launch", "compile_launch", "launches", "main"]
+
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+"""Name -> backend, architecture and threads of a warp (A100, H100, B200, MI300)."""
+
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel and the arguments that it was launched with."""
+
+    specimen: str
+    kernel: Any
+    arguments: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.fn.__name__}, {self.specimen}"
+
+    def source(self) -> Any:
+        """What `triton.compile` takes: types, constants and alignment as the launch would specialise them."""
+        from triton.compiler import ASTSource
+
+        signature, constants, aligned = {}, {}, {}
+        for number, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            one = value == 1 if isinstance(value, int) and not parameter.do_not_specialize else False
+            if parameter.is_constexpr or value is None or one:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            address = value.data_ptr() if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                signature[parameter.name] = POINTERS[value.dtype]
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if not parameter.do_not_specialize and not isinstance(value, float) and address % 16 == 0:
+                aligned[(number,)] = [["tt.divisibility", 16]]
+        return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=aligned)
+
+
+def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
+    """Compile for one of `TARGETS`: the size of the binary in bytes, and the resources of one program.
+
+    Registers are those of a thread. Spills are bytes of a thread's local memory on CUDA, registers on ROCm.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    compiled = triton.compile(launch.source(), target=GPUTarget(*TARGETS[target]))
+    binary = compiled.asm["cubin" if TARGETS[target][0] == "cuda" else "hsaco"]
+    used = _cuda_resources(binary) if TARGETS[target][0] == "cuda" else _hip_resources(compiled.asm["amdgcn"])
+    return {
+        "kernel": launch.kernel.fn.__name__,
+        "specimen": launch.specimen,
+        "target": target,
+        "binary_bytes": len(binary),
+        "warps": compiled.metadata.num_warps,
+        "shared_bytes": compiled.metadata.shared,
+        **used,
+    }
+
+
+def _cuda_resources(cubin: bytes) -> dict[str, int | None]:
+    """Registers and spills as NVIDIA's tool prints them; it comes with Triton."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {"registers": _number(r"REG:(\d+)", text), "spills": _number(r"LOCAL:(\d+)", text)}
+
+
+def _hip_resources(assembly: str) -> dict[str, int | None]:
+    return {
+        "registers": _number(r"\.vgpr_count:\s*(\d+)", assembly),
+        "spills": _number(r"\.vgpr_spill_count:\s*(\d+)", assembly),
+    }
+
+
+def _number(pattern: str, text: str) -> int | None:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else None
+
+
+# ---- what is compiled ------------------------------------------------------------------------------------------------
+
+
+def _decode(dtype: torch.dtype, heads: int, kv_heads: int, mask: str, append: bool, head_dim: int = 128) -> None:
+    from avl_fx.kernels.partitioned_decode.triton import partitioned_decode_triton
+
+    key, value = (torch.zeros(2, kv_heads, 80, head_dim, dtype=dtype)[:, :, :64] for _ in range(2))
+    new = [torch.zeros(2, kv_heads, 1, head_dim, dtype=dtype) if append else None for _ in range(2)]
+    masks = {"none": None, "bool": torch.zeros(2, 1, 1, 64 + append) > 0, "additive": torch.zeros(2, 1, 1, 64 + append)}
+    segments, weigh = torch.zeros(2, 4, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    query = torch.zeros(2, heads, 1, head_dim, dtype=dtype)
+    partitioned_decode_triton(query, key, value, *new, masks[mask], segments, weigh, 0.1)
+
+
+def _scores(dtype: torch.dtype, heads: int, kv_heads: int, mask: str, window: int, head_dim: int = 128) -> None:
+    from avl_fx.kernels.visual_scores.triton import visual_scores_triton
+
+    query, key = (torch.zeros(2, n, 64, head_dim, dtype=dtype) for n in (heads, kv_heads))
+    masks = {"causal": None, "bool": torch.ones(2, 1, 64, 64) > 0, "additive": torch.zeros(2, 1, 64, 64, dtype=dtype)}
+    visual_scores_triton(query, key, masks[mask], None, 0.1, mask == "causal", window)
+
+
+def _moves(dtype: torch.dtype, both: bool) -> None:
+    from avl_fx.kernels.partition.triton import partition_triton
+
+    key, index = torch.zeros(2, 4, 64, 128, dtype=dtype), torch.zeros(2, 4, 32, dtype=torch.int64)
+    partition_triton(key, torch.zeros_like(key) if both else None, index, index)
+
+
+SPECIMENS: dict[str, tuple[str, Callable[[], None]]] = {
+    "bfloat16, 32/8 heads": ("partitioned_decode", lambda: _decode(torch.bfloat16, 32, 8, "none", True)),
+    "float16, 28/4 heads, bool mask": ("partitioned_decode", lambda: _decode(torch.float16, 28, 4, "bool", True)),
+    "bfloat16, 16/16 heads, bias": ("partitioned_decode", lambda: _decode(torch.bfloat16, 16, 16, "additive", True)),
+    "float32, 12/4 heads": ("partitioned_decode", lambda: _decode(torch.float32, 12, 4, "none", False, 64)),
+    "bfloat16, 32/8 heads, causal": ("visual_scores", lambda: _scores(torch.bfloat16, 32, 8, "causal", 1)),
+    "float16, 28/4 heads, window 16": ("visual_scores", lambda: _scores(torch.float16, 28, 4, "bool", 16)),
+    "float32, 12/12 heads, bias": ("visual_scores", lambda: _scores(torch.float32, 12, 12, "additive", 1, 64)),
+    "bfloat16": ("partition", lambda: _moves(torch.bfloat16, True)),
+    "float32, keys alone": ("partition", lambda: _moves(torch.float32, False)),
+}
+"""Name -> operator, and a call of its Triton implementation."""
+
+
+def launches(specimen: str) -> list[Launch]:
+    """The kernels that a specimen launches, with their arguments."""
+    import importlib
+
+    operator, call = SPECIMENS[specimen]
+    recorded: list[Launch] = []
+    with _recording(importlib.import_module(f"avl_fx.kernels.{operator}.triton"), specimen, recorded):
+        call()
+    return recorded
+
+
+@contextmanager
+def _recording(module: ModuleType, specimen: str, recorded: list[Launch]) -> Iterator[None]:
+    kernels = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
+
+    def record(kernel: Any) -> Any:
+        class Recorder:
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                return self.launch
+
+            @staticmethod
+            def launch(*args: Any, **kwargs: Any) -> None:
+                recorded.append(Launch(specimen, kernel, dict(kernel.signature.bind(*args, **kwargs).arguments)))
+
+        return Recorder()
+
+    with mock.patch.multiple(module, **{name: record(kernel) for name, kernel in kernels.items()}):
+        yield
+
+
+def main(arguments: list[str]) -> None:
+    """Compile everything for every target, print one line each, and write the rows to a file if one is named."""
+    rows = []
+    for specimen in SPECIMENS:
+        for launch in launches(specimen):
+            for target in TARGETS:
+                rows.append(row := compile_launch(launch, target))
+                print(f"{launch.name:60} {target:8}", *(f"{key}={row[key]}" for key in list(row)[3:]))
+    if arguments:
+        Path(arguments[0]).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,46 @@
+"""Every Triton kernel compiles for every GPU that we mean to serve, none of which has to be there."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from avl_fx.kernels.ahead_of_time import SPECIMENS, TARGETS, compile_launch, launches, main
+
+FIRST = {operator: name for name, (operator, _) in reversed(SPECIMENS.items())}
+SPECIMEN = [
+    pytest.param(name, marks=() if name in FIRST.values() else pytest.mark.slow, id=f"{operator}-{name}")
+    for name, (operator, _) in SPECIMENS.items()
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("specimen", SPECIMEN)
+def test_compiles(specimen: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for launch in launches(specimen):
+        row = compile_launch(launch, target)
+        assert row["binary_bytes"] > 0, launch.name
+        assert row["spills"] == 0, f"{launch.name}: registers spill to memory"
+        assert 0 < row["registers"] <= 255 if target.startswith("sm") else 0 < row["registers"] <= 512
+
+
+def test_every_kernel_has_a_specimen() -> None:
+    for operator in FIRST:
+        module = importlib.import_module(f"avl_fx.kernels.{operator}.triton")
+        kernels = {kernel.fn.__name__ for name, kernel in vars(module).items() if name.endswith("_kernel")}
+        launched = {launch.kernel.fn.__name__ for launch in launches(FIRST[operator])}
+        assert launched == kernels
+
+
+def test_the_table_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("avl_fx.kernels.ahead_of_time.SPECIMENS", {"bfloat16": SPECIMENS["bfloat16"]})
+    main([str(tmp_path / "table.json")])
+    rows = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+    assert {row["target"] for row in rows} == set(TARGETS)
+    assert {row["kernel"] for row in rows} == {"gather_kernel", "scatter_kernel"}
