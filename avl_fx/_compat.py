@@ -72,7 +72,7 @@ def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
 
 def own_input(node: fx.Node) -> None:
     """Mark a placeholder that a pass added: AOTAutograd asks every one for its source."""
-    node._dynamo_source = LocalSource(node.name, is_input=True)  # type: ignore[attr-defined]
+    node._dynamo_source = LocalSource(node.name, is_input=True)
 
 
 def readable(gm: fx.GraphModule) -> str:

@@ -108,7 +108,7 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
     returns_visual = ctx.visual is not None and ctx.visual.node is not None
     partition = None
     if ctx.partition is not None and options.plan.vision_policy is not None:
-        partition = PartitionRuntime(options.plan.vision_policy, ctx.partition)
+        partition = PartitionRuntime.of(options.plan.vision_policy, ctx.partition)
     return CompiledGraph(compiled, dense_keys, tuple(dropped), returns_visual, record, partition)
 
 

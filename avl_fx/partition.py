@@ -11,6 +11,7 @@ reordered or written by somebody else has no valid state, and is attended to den
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,8 @@ from avl_fx.passes.partition_modalities import MAX_SEGMENTS
 from avl_fx.policies import VisionPolicy
 
 __all__ = ["Partition", "dense_segments", "find_partition"]
+
+log = logging.getLogger("avl_fx")
 
 _ATTRIBUTE = "_avl_partition"
 _END = 2**40
@@ -52,8 +55,6 @@ class Partition:
     """int64 ``[B]``"""
     core_segments: Tensor
     secondary_segments: Tensor
-    length: int = 0
-    """Keys so far, padding included."""
     step: int = 0
     """Decode steps since the last prompt."""
     generation: int = 0
@@ -62,8 +63,8 @@ class Partition:
     """Layer -> int64 ``[B, G, N]``: which visual token of the row lies in which slot."""
 
     @classmethod
-    def start(cls, policy: VisionPolicy, visual: Tensor, length: int) -> Partition | None:
-        """The layout for visual positions ``[B, prompt]``; ``None`` without visual keys or with too many spans."""
+    def start(cls, policy: VisionPolicy, visual: Tensor) -> Partition | None:
+        """The layout for visual positions bool ``[B, prompt]``; ``None`` without any, or with too many spans."""
         visual = visual.to("cpu")
         counts = visual.sum(1)
         most = int(counts.max()) if len(counts) else 0
@@ -76,8 +77,9 @@ class Partition:
         secondary = torch.tensor([int(policy.secondary * int(n)) for n in counts], dtype=torch.int64)
         core_segments, secondary_segments = _segments(slots, core), _segments(slots, secondary)
         if core_segments is None or secondary_segments is None:
+            log.warning("more than %d ranges of keys to read in a row: attention stays dense", MAX_SEGMENTS)
             return None
-        return cls(policy, visual, slots, core, secondary, core_segments, secondary_segments, length)
+        return cls(policy, visual, slots, core, secondary, core_segments, secondary_segments)
 
     def to(self, device: torch.device) -> Partition:
         """Move the tensors that calls on ``device`` read; in place."""
@@ -178,8 +180,6 @@ def _valid(tensor: Tensor) -> Partition | None:
 
 
 def _version(tensor: Tensor) -> int:
-    # Inference tensors do not count their writes. Those of a dynamic cache are new each step; a static buffer that
-    # somebody resets under inference mode keeps its address, so nothing is known about it.
     return -1 if tensor.is_inference() else tensor._version
 
 

@@ -7,8 +7,9 @@ visual positions are known all the same, its own rows start the partition (late 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,27 +23,44 @@ from avl_fx.policies import VisionPolicy
 
 __all__ = ["PartitionRuntime"]
 
+log = logging.getLogger("avl_fx")
+
 
 @dataclass(frozen=True)
 class PartitionRuntime:
-    """Serves the calls of one graph."""
+    """Serves the calls of one graph. Knows positions of inputs and outputs, and none of the graph's nodes."""
 
     policy: VisionPolicy
-    io: PartitionIO
+    decode: bool
+    layers: tuple[PartitionedLayer, ...]
+    returned: int
+    """Outputs beyond the model's own: the scores of each layer that owns keys, then as the next two say."""
+    has_positions: bool
+    has_last_mask: bool
+
+    @classmethod
+    def of(cls, policy: VisionPolicy, io: PartitionIO) -> PartitionRuntime:
+        """The runtime of a graph that meets it as ``io`` says."""
+        layers = tuple(replace(layer, weights=None) for layer in io.layers)
+        return cls(policy, io.decode, layers, len(io.returned()), io.positions is not None, io.last_mask is not None)
 
     # ---- before the call -------------------------------------------------------------------------------------------
 
     def state(self, args: Sequence[Any]) -> Partition | None:
         """The state of the cache that this call continues, if it is known."""
-        keys = [layer.key for layer in self.io.layers if layer.key is not None]
+        keys = [layer.key for layer in self.layers if layer.key is not None]
         before = [args[key.before] for key in keys if key.before is not None]
-        if len(before) != len(keys) or any(k.after is None and t.is_inference() for k, t in zip(keys, before)):
+        if len(before) != len(keys):
+            return None
+        # Inference tensors do not count their writes. Those of a dynamic cache are new at each step; of a static buffer
+        # nobody can say whether somebody reset it.
+        if any(key.after is None and tensor.is_inference() for key, tensor in zip(keys, before, strict=True)):
             return None
         return find_partition(before, self.policy)
 
     def inputs(self, args: Sequence[Any], partition: Partition | None) -> tuple[Tensor, ...]:
         """``segments`` and ``weigh``, for a decode step."""
-        if not self.io.decode:
+        if not self.decode:
             return ()
         first = next(args[c.before] for c in self._cached() if c.before is not None)
         if partition is not None:
@@ -66,58 +84,62 @@ class PartitionRuntime:
         Args:
             args: the graph's inputs.
             outputs: the model's own outputs of the graph.
-            returned: what `PartitionIO.returned` names.
+            returned: what `PartitionIO.returned` names, in that order.
             visual: visual positions ``[batch, sequence]`` of this forward, where known.
             partition: what `state` said before the call.
         """
-        scores = {layer.layer: row for layer, row in zip(self._scored(), returned, strict=False)}
-        keys = {
-            layer.layer: self._after(args, outputs, layer.key) for layer in self.io.layers if layer.key is not None
-        }
+        rest = list(returned)
+        scores = {layer.layer: rest.pop(0) for layer in self.layers if layer.key is not None}
+        positions = rest.pop(0) if self.has_positions else None
+        last_mask = rest.pop(0) if self.has_last_mask else None
+        keys = {layer.layer: self._after(args, outputs, layer.key) for layer in self.layers if layer.key is not None}
         if any(key.requires_grad for key in keys.values()):
             return  # training: nothing may be moved
         with torch.no_grad():
-            if self.io.decode and partition is not None:
+            if self.decode and partition is not None:
                 self._step(partition, args, outputs, keys, scores)
             else:
-                positions = returned[-1] if self.io.positions is not None else None
-                partition = self._start(args, outputs, keys, scores, positions, visual, partition)
+                length = next(iter(keys.values())).shape[2] if positions is None else int(positions[-1]) + 1
+                everything = self._visual(length, visual, partition, batch=next(iter(keys.values())).shape[0])
+                if everything is None or not _all_visible(everything, last_mask):
+                    partition = None
+                else:
+                    partition = self._start(everything, args, outputs, keys, scores)
         if partition is not None:
             partition.generation += 1
             partition.attach(list(keys.values()))
 
+    def _visual(self, length: int, visual: Tensor | None, before: Partition | None, batch: int) -> Tensor | None:
+        """Visual key positions bool ``[batch, length]`` of the cache as it is now; ``None`` when nothing is known."""
+        if self.decode:  # a late start: given positions are the prompt's, from the first key on
+            visual, offset = given(), 0
+        else:
+            offset = length - (0 if visual is None else visual.shape[1])
+        if visual is None and before is None:
+            return None
+        everything = torch.zeros(batch, length, dtype=torch.bool)
+        if before is not None:
+            everything[:, : before.visual.shape[1]] = before.visual[:, :length]
+        if visual is not None:
+            if visual.shape[0] != batch or offset < 0 or offset + visual.shape[1] > length:
+                log.warning("visual positions %s do not fit a cache of %d keys", tuple(visual.shape), length)
+                return None
+            everything[:, offset : offset + visual.shape[1]] = visual.cpu()
+        return everything
+
     def _start(
         self,
+        visual: Tensor,
         args: Sequence[Any],
         outputs: Sequence[Any],
         keys: dict[int, Tensor],
         scores: dict[int, Tensor],
-        positions: Tensor | None,
-        visual: Tensor | None,
-        before: Partition | None,
     ) -> Partition | None:
-        first = next(iter(keys.values()))
-        length = first.shape[2] if positions is None else int(positions[-1]) + 1
-        if self.io.decode:  # a late start: positions are the prompt's
-            visual = given()
-            offset = 0
-        else:
-            queries = 0 if visual is None else visual.shape[1]
-            offset = length - queries
-        if visual is None and before is None:
-            return None
-        everything = torch.zeros(first.shape[0], length, dtype=torch.bool)
-        if before is not None:
-            everything[:, : before.visual.shape[1]] = before.visual[:, :length]
-        if visual is not None:
-            if visual.shape[0] != first.shape[0] or offset < 0 or offset + visual.shape[1] > length:
-                return None
-            everything[:, offset : offset + visual.shape[1]] = visual.cpu()
-        partition = Partition.start(self.policy, everything, length)
+        partition = Partition.start(self.policy, visual)
         if partition is None:
             return None
-        partition.to(first.device)
-        for layer in self.io.layers:
+        partition.to(next(iter(keys.values())).device)
+        for layer in self.layers:
             if layer.key is not None:
                 order = partition.first_order(layer.layer, scores[layer.layer])
                 self._move(layer, order, args, outputs)
@@ -132,20 +154,19 @@ class PartitionRuntime:
         scores: dict[int, Tensor],
     ) -> None:
         if partition.refreshes:
-            for layer in self.io.layers:
+            for layer in self.layers:
                 if layer.key is not None:
                     order = partition.next_order(layer.layer, scores[layer.layer])
                     if order is not None:
                         self._move(layer, order, args, outputs)
         partition.step += 1
-        partition.length += 1
 
     def _move(
         self, anchor: PartitionedLayer, order: tuple[Tensor, Tensor], args: Sequence[Any], outputs: Sequence[Any]
     ) -> None:
         """Reorder the rows of ``anchor`` and of the lazy layers that read its keys."""
         source, slots = order
-        for layer in self.io.layers:
+        for layer in self.layers:
             if layer.scores_from == anchor.layer:
                 key = None if layer.key is None else self._after(args, outputs, layer.key)
                 value = self._after(args, outputs, layer.value)
@@ -153,11 +174,8 @@ class PartitionRuntime:
 
     # ---- finding tensors -------------------------------------------------------------------------------------------
 
-    def _scored(self) -> list[PartitionedLayer]:
-        return [layer for layer in self.io.layers if layer.weights is not None]
-
     def _cached(self) -> list[CachedTensor]:
-        return [c for layer in self.io.layers for c in (layer.key, layer.value) if c is not None]
+        return [c for layer in self.layers for c in (layer.key, layer.value) if c is not None]
 
     @staticmethod
     def _after(args: Sequence[Any], outputs: Sequence[Any], tensor: CachedTensor) -> Tensor:
@@ -165,3 +183,20 @@ class PartitionRuntime:
             return outputs[tensor.after]
         assert tensor.before is not None
         return args[tensor.before]
+
+
+def _all_visible(visual: Tensor, last_mask: Tensor | None) -> bool:
+    """Whether the prompt's last query sees every visual key: only then does their order not matter.
+
+    Args:
+        visual: bool ``[batch, keys]``.
+        last_mask: ``[batch or 1, heads or 1, keys or more]``, boolean or additive; ``None``: it sees every key.
+    """
+    if last_mask is None:
+        return True
+    seen = last_mask if last_mask.dtype == torch.bool else last_mask > torch.finfo(last_mask.dtype).min / 2
+    seen = seen.all(1)[:, : visual.shape[1]].cpu()
+    if bool((seen | ~visual).all()):
+        return True
+    log.warning("the attention mask hides visual keys: the cache is not partitioned and attention stays dense")
+    return False

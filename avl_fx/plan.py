@@ -246,7 +246,7 @@ class Plan(FrozenModel):
         Raises:
             UnsupportedPlanError: names the first section that it does not.
         """
-        able = " and ".join(
+        able = ", ".join(
             name if modes is None else f"{name} (mode {' or '.join(sorted(modes))})" for name, modes in EXECUTED.items()
         )
         for name, policy in self._active():
@@ -258,7 +258,7 @@ class Plan(FrozenModel):
             if modes:
                 field, has, remedy = f"{name}.mode", f"mode {mode!r}", f"use mode {' or '.join(sorted(modes))}"
             raise UnsupportedPlanError(
-                f"this version of avl_fx executes only identity plans and {able}; the plan is valid, but has {has}",
+                f"this version of avl_fx executes only identity plans, {able}; the plan is valid, but has {has}",
                 field=field,
                 remedy=remedy,
             )

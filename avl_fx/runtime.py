@@ -22,8 +22,8 @@ class CompiledGraph:
     """Runs one compiled graph.
 
     Before it: refuses key caches that a lazy plan left empty where this graph attends densely. After it: puts the
-    markers of dropped keys where the model expects keys, lets discovered visual positions ride on the outputs, and keeps
-    partitioned caches in order.
+    markers of dropped keys where the model expects keys, lets discovered visual positions ride on the outputs, and
+    keeps partitioned caches in order.
     """
 
     compiled: Callable[..., Any]
@@ -49,7 +49,7 @@ class CompiledGraph:
             return outputs
         state = self.partition.state(args)
         outputs = list(self.compiled(*args, *self.partition.inputs(args, state)))
-        returned = [outputs.pop() for _ in self.partition.io.returned()][::-1]
+        returned = [outputs.pop() for _ in range(self.partition.returned)][::-1]
         visual = outputs.pop() if self.returns_visual else None
         self._restore(outputs)
         visual = self._pass_on(args, outputs, visual)

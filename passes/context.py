@@ -77,12 +77,14 @@ class PartitionIO:
     segments: fx.Node | None = None
     weigh: fx.Node | None = None
     positions: fx.Node | None = None
-    """Key positions of the queries, in a static cache; int64 ``[queries]``."""
+    """Key positions of a prompt's queries, in a static cache; int64 ``[queries]``."""
+    last_mask: fx.Node | None = None
+    """The mask of a prompt's last query, ``[batch, heads or 1, keys]`` boolean or additive; none: it sees every key."""
 
     def returned(self) -> list[fx.Node]:
         """What the graph returns beyond the model's own outputs, in this order."""
-        nodes = [layer.weights for layer in self.layers if layer.weights is not None]
-        return nodes if self.decode or self.positions is None else [*nodes, self.positions]
+        weights = [layer.weights for layer in self.layers]
+        return [n for n in (*weights, self.positions, self.last_mask) if n is not None]
 
 
 @dataclass

@@ -22,9 +22,9 @@ from torch import fx
 from avl_fx.kernels import partitioned_decode as _partitioned_decode  # noqa: F401
 from avl_fx.kernels import visual_scores as _visual_scores  # noqa: F401
 from avl_fx.passes.context import CachedTensor, PartitionedLayer, PartitionIO, PassContext
-from avl_fx.passes.nodes import alias_root, fake, mutated_input, op, same_shape, writes_to
+from avl_fx.passes.nodes import alias_root, fake, mutated_input, op, same_shape, shape, writes_to
 from avl_fx.passes.rewrite import insert_call, remove_dead
-from avl_fx.passes.share_queries import decoder_sites
+from avl_fx.passes.share_queries import decoder_sites, same_value
 from avl_fx.passes.site import PassResult, Reason, Site, Status
 
 __all__ = ["MAX_SEGMENTS", "partition_modalities"]
@@ -47,7 +47,7 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     for site in decoder_sites(ctx):
         if site.node is None or site.status is Status.REFUSED:
             continue
-        outcome = _understand(gm, site, by_key)
+        outcome = _understand(gm, site, by_key, layers[0][0] if layers else site)
         if isinstance(outcome, PartitionedLayer):
             layers.append((site, outcome))
             by_key.setdefault(site.node.args[_KEY], site)  # type: ignore[arg-type]
@@ -60,8 +60,15 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     if decode:
         io.segments, io.weigh = _add_inputs(gm, layers[0][0])
         result.new_inputs = (io.segments.name, io.weigh.name)
-    elif positions := _static_positions(layers[0][0]):
-        io.positions = positions
+    else:
+        first = layers[0][0].node
+        assert first is not None
+        io.positions = _static_positions(layers[0][0])
+        if first.args[_MASK] is not None:
+            io.last_mask = insert_call(first, operator.getitem, first.args[_MASK], (slice(None), slice(None), -1))
+        if ctx.visual is None:
+            for site, _ in layers:
+                site.detail = "visual positions unknown: stays dense"
     for site, layer in layers:
         inherits = layer.scores_from != layer.layer
         if decode:
@@ -78,16 +85,23 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
 
 
 def _understand(
-    gm: fx.GraphModule, site: Site, by_key: dict[fx.Node, Site]
+    gm: fx.GraphModule, site: Site, by_key: dict[fx.Node, Site], first: Site
 ) -> PartitionedLayer | tuple[Reason, str]:
-    """Where the runtime finds keys and values of ``site`` before and after a call; or why it is not partitioned."""
+    """Where the runtime finds keys and values of ``site`` before and after a call; or why it is not partitioned.
+
+    Whether the prompt sees all visual keys is asked of the ``first`` site alone, so all have to share its mask.
+    """
     assert site.node is not None
+    assert first.node is not None
     if site.kind != "full":
         return Reason.POSITION_MASK, site.kind
     if site.cache not in ("dynamic", "static"):
         return Reason.NO_CACHE, ""
     if site.layer is None:
         return Reason.LAYER_UNKNOWN, ""
+    mask = site.node.args[_MASK]
+    if not same_value(mask, first.node.args[_MASK]) or (mask is not None and len(shape(mask) or ()) != 4):
+        return Reason.POSITION_MASK, "another mask than the first layer's"
     key, value = site.node.args[_KEY], site.node.args[_VALUE]
     anchor = by_key.get(key)  # type: ignore[arg-type]
     stored_value = _stored(gm, value)
@@ -100,13 +114,13 @@ def _understand(
 
 
 def _stored(gm: fx.GraphModule, tensor: Any) -> CachedTensor | None:
-    """Where the whole of ``tensor`` is kept between calls; ``None`` when it is not a cache tensor as it stands."""
+    """Where ``tensor`` is kept between calls; ``None`` unless it is a cache tensor as it stands, or its first rows."""
     node = tensor
     while isinstance(node, fx.Node):
         target = mutated_input(node)
         if target is not None:
             node = target
-        elif op(node) in _SAME_TENSOR:
+        elif op(node) in _SAME_TENSOR or _is_prefix(node):
             node = node.args[0]
         else:
             break
@@ -117,16 +131,24 @@ def _stored(gm: fx.GraphModule, tensor: Any) -> CachedTensor | None:
         return CachedTensor(before=placeholders.index(node)) if writes_to(node) else None
     output = next(n for n in gm.graph.nodes if n.op == "output")
     root = alias_root(node)
-    returned = [
-        (i, n) for i, n in enumerate(output.args[0]) if isinstance(n, fx.Node) and alias_root(n) is root
-    ]
+    returned = [(i, n) for i, n in enumerate(output.args[0]) if isinstance(n, fx.Node) and alias_root(n) is root]
     if len(returned) != 1 or not same_shape(returned[0][1], node):
         return None
     before = None
     if op(root) == "cat" and isinstance(root.args[0], tuple | list) and len(root.args[0]) == 2:
-        past = alias_root(root.args[0][0])
+        past = alias_root(root.args[0][0])  # type: ignore[arg-type]
         before = placeholders.index(past) if past.op == "placeholder" else None
     return CachedTensor(before=before, after=returned[0][0])
+
+
+def _is_prefix(node: fx.Node) -> bool:
+    """Whether ``node`` is ``cache[:, :, :n]``: key positions are those of the cache."""
+    if op(node) != "getitem" or not isinstance(node.args[1], tuple):
+        return False
+    parts = node.args[1]
+    if len(parts) > 4 or not all(isinstance(p, slice) and p.start in (None, 0) and p.step in (None, 1) for p in parts):
+        return False
+    return all(p.stop is None for i, p in enumerate(parts) if i != 2)  # type: ignore[union-attr]
 
 
 def _static_positions(site: Site) -> fx.Node | None:
@@ -144,14 +166,14 @@ def _add_inputs(gm: fx.GraphModule, site: Site) -> tuple[fx.Node, fx.Node]:
     query = fake(site.node.args[_QUERY])
     after = [n for n in gm.graph.nodes if n.op == "placeholder"][-1].next
     made = []
-    for name, shape, dtype in (
+    for name, sizes, dtype in (
         ("avl_segments", (query.shape[0], MAX_SEGMENTS, 2), torch.int64),
         ("avl_weigh", (1,), torch.int32),
     ):
         with gm.graph.inserting_before(after):
             node = gm.graph.placeholder(name)
         with query.fake_mode:
-            node.meta["example_value"] = torch.empty(shape, dtype=dtype, device=query.device)
+            node.meta["example_value"] = torch.empty(sizes, dtype=dtype, device=query.device)
         made.append(node)
     return made[0], made[1]
 

@@ -21,7 +21,7 @@ from avl_fx.passes.nodes import alias_root, mutated_input
 from avl_fx.passes.rewrite import remove_dead
 from avl_fx.passes.site import PassResult, Reason, Site, Status
 
-__all__ = ["DECODER_ROLES", "decoder_sites", "share_queries"]
+__all__ = ["DECODER_ROLES", "decoder_sites", "same_value", "share_queries"]
 
 DECODER_ROLES = ("decoder", "cross")
 """Roles of sites that the plan's layer numbers mean."""
@@ -94,7 +94,7 @@ def _why_not(site: Site, anchor: Site | None) -> tuple[Reason, str] | None:
         return Reason.ANCHOR_GEOMETRY, f"{site.keys} keys, anchor {anchor.keys}"
     if site.node.args[_SCALE] != anchor.node.args[_SCALE]:
         return Reason.ANCHOR_SCALE, f"{site.node.args[_SCALE]}, anchor {anchor.node.args[_SCALE]}"
-    if site.node.args[_CAUSAL] != anchor.node.args[_CAUSAL] or not _same_value(
+    if site.node.args[_CAUSAL] != anchor.node.args[_CAUSAL] or not same_value(
         site.node.args[_MASK], anchor.node.args[_MASK]
     ):
         return Reason.ANCHOR_MASK, ""
@@ -103,7 +103,7 @@ def _why_not(site: Site, anchor: Site | None) -> tuple[Reason, str] | None:
     return None
 
 
-def _same_value(a: Any, b: Any, depth: int = 6) -> bool:
+def same_value(a: Any, b: Any, depth: int = 6) -> bool:
     """Whether two arguments are the same value: one node, or the same operators on the same nodes."""
     if a is b:
         return True
@@ -112,16 +112,16 @@ def _same_value(a: Any, b: Any, depth: int = 6) -> bool:
             return False
         if mutated_input(a) is not None or mutated_input(b) is not None:
             return False
-        return _same_value((a.args, a.kwargs), (b.args, b.kwargs), depth - 1)
+        return same_value((a.args, a.kwargs), (b.args, b.kwargs), depth - 1)
     if isinstance(a, slice) and isinstance(b, slice):
         if (a.start, a.step) != (b.start, b.step):
             return False
         # `mask[..., :keys]`: both lengths are the layer's own key count, and those have to agree for the attention.
         return a.stop is b.stop or a.stop == b.stop or not (isinstance(a.stop, int) or isinstance(b.stop, int))
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(_same_value(x, y, depth) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same_value(x, y, depth) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same_value(a[k], b[k], depth) for k in a)
+        return a.keys() == b.keys() and all(same_value(a[k], b[k], depth) for k in a)
     return type(a) is type(b) and bool(a == b)
 
 

@@ -243,7 +243,7 @@ def test_plan_for_this_model():
         plan.check_depth(13)
 
 
-@pytest.mark.parametrize("plan", [Plan(), Plan.lazy([(4, 12)]), Plan.lazy([], "vla"), Plan.avl(1.0, 1.0, text=None)])
+@pytest.mark.parametrize("plan", [Plan(), Plan.lazy([(4, 12)]), Plan.lazy([], "vla"), Plan.avl(text=None)])
 def test_supported(plan):
     plan.check_supported()
 
@@ -253,15 +253,15 @@ def test_supported(plan):
     [
         (Plan.lazy([(4, 12)], "vla"), "lazy.mode"),
         (Plan.lazy([(4, 12)], "vla_scores"), "lazy.mode"),
-        (Plan.avl(), "vision"),
+        (Plan.avl(), "text"),
         (Plan(text=TextPolicy()), "text"),
         (Plan(prefill=PrefillFilter()), "prefill"),
-        (Plan.lazy([(4, 12)]).combine(Plan.avl()), "vision"),
+        (Plan.lazy([(4, 12)]).combine(Plan.avl()), "text"),
     ],
 )
 def test_unsupported(plan, field):
     with pytest.raises(
-        UnsupportedPlanError, match=r"executes only identity plans and lazy \(mode gla\).*Fix: "
+        UnsupportedPlanError, match=r"executes only identity plans, lazy \(mode gla\), vision;.*Fix: "
     ) as caught:
         plan.check_supported()
     assert caught.value.field == field
@@ -270,7 +270,7 @@ def test_unsupported(plan, field):
 def test_one_table_says_what_is_supported(monkeypatch):
     monkeypatch.setattr(plan_module, "EXECUTED", {"lazy": frozenset({"gla", "vla"}), "vision": None})
     Plan.lazy([(4, 12)], "vla").combine(Plan.avl(text=None)).check_supported()
-    with pytest.raises(UnsupportedPlanError, match=r"lazy \(mode gla or vla\) and vision;"):
+    with pytest.raises(UnsupportedPlanError, match=r"lazy \(mode gla or vla\), vision;"):
         Plan(text=TextPolicy()).check_supported()
 
 

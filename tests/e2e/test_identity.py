@@ -1,8 +1,8 @@
 """L0: under the identity plan a compiled model equals the eager one, whatever it is built from.
 
-`make test` runs a part without code generation in which any three of model, door, style, cache and dtype meet, and each
+`make test` runs a part without code generation in which any two of model, door, style, cache and dtype meet, and each
 model once through Inductor such that any two of the other four meet. `make test-matrix` runs everything without code
-generation, `make test-inductor` any two factors through Inductor, `make test-full` everything through Inductor.
+generation, `make test-inductor` any two of the five through Inductor, `make test-full` everything through Inductor.
 
 Tolerances. float32: `FLOAT32_TOLERANCE`, absolute. bfloat16: both the compiled and the eager model are held against the
 same model in float32, and the compiled one may be at most three times as far off as the eager one is (plus one
@@ -46,12 +46,11 @@ MATRIX = [
     for dtype in FACTORS[4]
     if _allowed((name, door, style, cache, dtype))
 ]
-TRACED = covering(FACTORS, _allowed, strength=3)
-"""What `make test` runs without code generation: any three of model, door, style, cache and dtype meet."""
 COVERING = covering(FACTORS, _allowed)
-"""What `make test-inductor` compiles: any two of them meet."""
-SPREAD = one_each(MATRIX)
-"""What `make test` compiles: each model once, and any two of door, style, cache and dtype meet."""
+"""Any two of model, door, style, cache and dtype meet; without code generation in `make test`, else `test-inductor`."""
+SPREAD = one_each([case for case in MATRIX if case[0] != "qwen3_vl"])
+"""What `make test` compiles: each model once (but Qwen3-VL, whose twelve layers take minutes), and any two of door,
+style, cache and dtype meet."""
 
 
 def check(name, door, style, cache, dtype, compiler):
@@ -87,15 +86,26 @@ def check(name, door, style, cache, dtype, compiler):
     else:
         assert whole(zoo, recorder)
         assert all(s.tower.split(".")[-1] == suffix for g in graphs for s in decoder_sites(g))
+    if door == "avl_fx.compile" and cache != "none":
+        # One decoder graph for the prompt, one for the first decode step, and with a dynamic cache one for the rest.
+        queries = [decoder_sites(g)[0].queries for g in graphs]
+        assert sum(q != 1 for q in queries) == 1
+        assert sum(q == 1 for q in queries) in (1, 2)
+    if recorder.visual:
+        # Whatever the front door, the positions that reach the decoder are the ground truth.
+        assert torch.equal(recorder.visual[0], zoo.visual_positions(model, inputs))
+    else:
+        # Splicing by index leaves no mask in any graph: unknown, and never guessed.
+        assert name in ("plain_lvlm", "mllama")
 
 
-@pytest.mark.parametrize("case", TRACED, ids="-".join)
+@pytest.mark.parametrize("case", COVERING, ids="-".join)
 def test_identity_equals_eager(case):
     check(*case, compiler="eager")
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("case", [c for c in MATRIX if c not in TRACED], ids="-".join)
+@pytest.mark.parametrize("case", [c for c in MATRIX if c not in COVERING], ids="-".join)
 def test_identity_equals_eager_everywhere(case):
     check(*case, compiler="eager")
 
@@ -122,40 +132,11 @@ def test_identity_equals_eager_through_aot(name):
     check(name, "avl_fx.compile", "sdpa", "dynamic", "float32", compiler="aot_eager")
 
 
-@pytest.mark.parametrize(("cases", "strength", "first"), [(TRACED, 3, 0), (COVERING, 2, 0), (SPREAD, 2, 1)])
-def test_every_pair_and_triple_is_covered(cases, strength, first):
+@pytest.mark.parametrize(("cases", "first"), [(COVERING, 0), (SPREAD, 1)])
+def test_every_pair_is_covered(cases, first):
     def meetings(case):
-        return set(itertools.combinations(list(enumerate(case))[first:], strength))
+        return set(itertools.combinations(list(enumerate(case))[first:], 2))
 
     seen = set().union(*map(meetings, cases))
     assert all(meetings(case) <= seen for case in MATRIX)
-    assert {case[0] for case in cases} == set(ZOO)
-
-
-@pytest.mark.parametrize("name", list(ZOO))
-def test_one_decoder_graph_per_phase(name):
-    """`avl_fx.compile` gives one decoder graph for the prefill, one for the first decode step, one for the rest."""
-    zoo = ZOO[name]
-    model = zoo.make()
-    with through("avl_fx.compile", model, compiler="eager") as recorder:
-        prefill_and_decode(model, zoo.inputs(model, batch=2), "static" if "static" in zoo.caches else "dynamic")
-    queries = [decoder_sites(g)[0].queries for g in decoder_graphs(recorder)]
-    assert whole(zoo, recorder)
-    assert sum(q != 1 for q in queries) == 1
-    assert sum(q == 1 for q in queries) in (1, 2)
-
-
-@pytest.mark.parametrize("name", [n for n, z in ZOO.items() if n != "mllama"])
-def test_visual_positions_are_found(name):
-    """Whatever the front door, the positions that reach the decoder are the ground truth."""
-    zoo = ZOO[name]
-    for door in DOORS:
-        model = zoo.make()
-        inputs = zoo.inputs(model, batch=2)
-        with through(door, model, compiler="eager") as recorder:
-            prefill_and_decode(model, inputs, "dynamic", steps=1)
-        if recorder.visual:
-            assert torch.equal(recorder.visual[0], zoo.visual_positions(model, inputs))
-        else:
-            # Splicing by index leaves no mask in any graph: unknown, and never guessed.
-            assert (name, door) in {("plain_lvlm", "avl_fx.compile"), ("plain_lvlm", "torch.compile")}
+    assert {case[0] for case in cases} >= set(ZOO) - {"qwen3_vl"}

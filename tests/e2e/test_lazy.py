@@ -35,8 +35,6 @@ COMPILED = [
     ("llava", "torch.compile", "sdpa", "dynamic", "two"),
     ("llava", "torch.compile", "eager", "static", "all"),
     ("gemma3", "avl_fx.compile", "sdpa", "static", "two"),
-    ("qwen2_5_vl", "avl_fx.compile", "sdpa", "dynamic", "all"),
-    ("plain_lvlm", "torch.compile", "eager", "static", "two"),
 ]
 
 
