@@ -129,11 +129,11 @@ def _decode(dtype: torch.dtype, heads: int, kv_heads: int, mask: str, append: bo
     from avl_fx.kernels.partitioned_decode.triton import partitioned_decode_triton
 
     key, value = (torch.zeros(2, kv_heads, 80, head_dim, dtype=dtype)[:, :, :64] for _ in range(2))
-    new = [torch.zeros(2, kv_heads, 1, head_dim, dtype=dtype) if append else None for _ in range(2)]
+    new = torch.zeros(2, kv_heads, 1, head_dim, dtype=dtype) if append else None
     masks = {"none": None, "bool": torch.zeros(2, 1, 1, 64 + append) > 0, "additive": torch.zeros(2, 1, 1, 64 + append)}
     segments, weigh = torch.zeros(2, 4, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
     query = torch.zeros(2, heads, 1, head_dim, dtype=dtype)
-    partitioned_decode_triton(query, key, value, *new, masks[mask], segments, weigh, 0.1)
+    partitioned_decode_triton(query, key, value, new, new, masks[mask], segments, weigh, 0.1)
 
 
 def _scores(dtype: torch.dtype, heads: int, kv_heads: int, mask: str, window: int, head_dim: int = 128) -> None:

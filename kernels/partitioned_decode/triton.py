@@ -289,7 +289,8 @@ def partitioned_decode_triton(
     """`avl::partitioned_decode` on CUDA and ROCm; see the schema for shapes."""
     batch, heads, _, head_dim = query.shape
     kv_heads, keys, value_dim = *key.shape[1:3], value.shape[3]
-    append, new_strides = False, (0, 0, 0, 0)
+    append = False
+    new_strides: tuple[int, ...] = (0, 0, 0, 0)
     if new_key is not None and new_value is not None:
         append = True
         key, value = with_spare_row(key), with_spare_row(value)

@@ -242,7 +242,8 @@ def visual_scores_triton(
     rows, real = scoring_rows(query, key, mask, positions, is_causal, window)
     rows, count = rows.contiguous(), rows.shape[1]
     share_of_row = real.to(torch.float32) / (group * real.sum(dim=1, keepdim=True).clamp(min=1))
-    kind, mask_strides = "causal" if is_causal else "none", (0, 0, 0, 0)
+    kind = "causal" if is_causal else "none"
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         kind = "bool" if mask.dtype == torch.bool else "additive"
         full = mask.expand(batch, heads, queries, keys)
