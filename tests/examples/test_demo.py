@@ -14,7 +14,7 @@ def test_the_lazy_plan_fits_the_petite_model():
     plan = Plan.from_json(demo.LAZY_PLAN)
     plan.check_depth(30)
     plan.check_supported()
-    assert len(plan.lazy_policy.lazy_layers) == 19
+    assert len(plan.lazy_policy.lazy_layers) == 13
 
 
 def test_every_question_has_its_picture_and_answer():
