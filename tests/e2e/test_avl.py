@@ -8,6 +8,8 @@ import contextlib
 import itertools
 
 import pytest
+import torch
+from transformers import DynamicCache, StaticCache
 
 import avl_fx
 from avl_fx import Plan
@@ -100,3 +102,83 @@ def test_partitioned_equals_oracle_in_pairs(case):
 @pytest.mark.parametrize("case", COMPILED, ids=ids)
 def test_partitioned_equals_oracle_through_inductor(case):
     check(*case, compiler="inductor")
+
+
+# ---- conversations, beams and masks ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def converse(model, turns, cache, steps=5):
+    """Prompts on one cache, `steps` greedy steps after each; logits of every forward's last position, and the tokens.
+
+    The first forward of a turn feeds the last token of the turn before.
+    """
+    logits, tokens = [], []
+    for inputs in turns:
+        ids, images = inputs["input_ids"], inputs["pixel_values"]
+        if tokens:
+            ids = torch.cat([tokens[-1], ids], 1)
+        for _ in range(steps):
+            out = model(input_ids=ids, pixel_values=images, past_key_values=cache, use_cache=True)
+            logits.append(out.logits[:, -1].float())
+            tokens.append(logits[-1].argmax(-1, keepdim=True))
+            ids, images = tokens[-1], None
+    return logits, torch.cat(tokens, 1)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_images_in_a_second_turn(kind):
+    zoo = ZOO["llava"]
+    model = zoo.make()
+    turns = [zoo.inputs(model, batch=1, seed=seed) for seed in (0, 1)]
+    seen = [zoo.visual_positions(model, inputs) for inputs in turns]
+    # Turn two follows four fed tokens and starts with the fifth.
+    both = torch.cat([seen[0], torch.zeros(1, 5, dtype=torch.bool), seen[1]], 1)
+
+    def cache():
+        if kind == "dynamic":
+            return DynamicCache(config=model.config.get_text_config())
+        return StaticCache(config=model.config.get_text_config(), max_cache_len=both.shape[1] + 8)
+
+    with avl_oracle(model, seen[0], core=0.3, secondary=0.5, refresh=2, text=1.0) as oracle:
+        first = converse(model, turns[:1], cache())
+        oracle.layers.clear()
+        # The oracle has to be told before turn two begins: a longer mask changes nothing about turn one.
+        oracle.see(both)
+        expected, tokens = converse(model, turns, cache())
+    assert largest(first[0], expected[:5]) <= FLOAT32_TOLERANCE
+    plan = Plan.avl(core=0.3, secondary=0.5, refresh=2, text=None)
+    for door in DOORS:
+        with through(door, model, compiler="eager", plan=plan):
+            got, chosen = converse(model, turns, cache())
+        assert torch.equal(chosen, tokens)
+        assert largest(got, expected) <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_beam_search_runs_densely_after_its_first_reordering(cache):
+    """Reordering the beams copies the cache; a copy has no state, and without state attention is dense and exact."""
+    zoo = ZOO["llava"]
+    model = zoo.make()
+    inputs = zoo.inputs(model, batch=2)
+    options = {"num_beams": 2, "max_new_tokens": 6, "do_sample": False, "disable_compile": True}
+    options |= {"cache_implementation": "static"} if cache == "static" else {}
+    # One key fewer than all of them: nearly dense, so that the beams stay comparable.
+    expected = model.generate(**inputs, **options)
+    with through("avl_fx.compile", model, compiler="eager", plan=Plan.avl(0.99, 1.0, 0, text=None)):
+        assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+def test_a_mask_that_hides_visual_keys_keeps_attention_dense(caplog):
+    """Rows may change places only where the order of visual keys does not matter."""
+    zoo = ZOO["llava"]
+    model = zoo.make()
+    inputs = zoo.inputs(model, batch=1)
+    visual = zoo.visual_positions(model, inputs)
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][0, visual[0].nonzero()[3]] = 0
+    dense = prefill_and_decode(model, inputs, steps=4)
+    with through("avl_fx.compile", model, compiler="eager", plan=Plan.avl(text=None)):
+        got = prefill_and_decode(model, inputs, steps=4, tokens=dense.tokens)
+    assert largest(got, dense) <= FLOAT32_TOLERANCE
+    assert "hides visual keys" in caplog.text

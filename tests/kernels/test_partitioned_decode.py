@@ -231,17 +231,25 @@ def test_scales(scale: float) -> None:
     check(Case(), SHAPES["dense"], scale=scale)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_one_range_is_the_call_of_the_stock_kernel(heads: tuple[int, int], masked: bool) -> None:
+def test_one_range_is_the_call_of_the_stock_kernel(masked: bool) -> None:
     """Bit for bit: dense attention costs what it costs without this operator."""
-    case = Case(*heads, keys=300)
-    query, key, value = case.tensors()
+    query, key, value = Case(4, 4, keys=300).tensors()
     mask = torch.randn(2, 1, 1, 300, generator=torch.Generator().manual_seed(3)) if masked else None
-    stock = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
+    stock = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
     split: Rows = [[(0, 100), (200, LARGE), (100, 100)], DENSE]
     out, _ = IMPLEMENTATIONS["cpu"](query, key, value, None, None, mask, segments(split), asked(False), 0.3)
     assert torch.equal(out, stock)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 64])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_few_heads_and_many_threads(threads: int, per_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How heads are handed to the kernel depends on the threads that want work."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    case = Case(6, 1, batch=1)
+    check(case, [DENSE], case.visible((1, 6 if per_head else 1, 1, 40)))
+    check(case, [[(3, 30)]])
 
 
 # ---- what is not read ------------------------------------------------------------------------------------------------

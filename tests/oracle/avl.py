@@ -39,6 +39,8 @@ class LayerState:
     """Masks are bool; `group` is 1 with shared scores, else the number of KV heads."""
 
     step: int
+    visual: Tensor
+    """[B, K]"""
     core: Tensor
     """[B, group, K]"""
     secondary: Tensor
@@ -58,7 +60,7 @@ class AvlOracle:
     """Settings, and what each layer has decided so far. Ratios and steps as in the module's text."""
 
     visual: Tensor
-    """bool [B, prompt]; `see` replaces it before a further prompt."""
+    """bool [B, prompt]; `see` replaces it before a further prompt, and may name keys that are still to come."""
     core: float
     secondary: float
     refresh: int
@@ -76,7 +78,7 @@ class AvlOracle:
         """(layer, keys read by the first batch row) of every partitioned step."""
 
     def see(self, visual: Tensor) -> None:
-        """`visual` bool [B, keys so far and those of the next forward]: another prompt on the same cache."""
+        """`visual` bool [B, keys so far and those of the next prompt]: another prompt on the same cache."""
         self.visual = visual
 
     def attend(
@@ -110,11 +112,13 @@ class AvlOracle:
             row[b] = weights[b, :, rows[-self.window :]].mean(1)
 
         visual = torch.zeros(batch, keys, dtype=torch.bool)
-        visual[:, : self.visual.shape[1]] = self.visual.cpu()
+        known = min(self.visual.shape[1], first_query + queries)
+        visual[:, :known] = self.visual[:, :known].cpu()
         score = self._by_group(row, group)
         behind = visual.cumsum(1) > 0
         self.layers[layer] = LayerState(
             step=0,
+            visual=visual,
             core=self._best(score, visual[:, None].expand_as(score), visual, self.core),
             secondary=self._best(score, visual[:, None].expand_as(score), visual, self.secondary),
             text=visible & ~visual,
@@ -164,9 +168,7 @@ class AvlOracle:
         weights = attention_weights(q, k, both, scale)
         row = weights[:, :, 0].float()
         if refresh:
-            visual = torch.zeros(q.shape[0], k.shape[2], dtype=torch.bool)
-            visual[:, : self.visual.shape[1]] = self.visual.cpu()
-            state.core = self._best(self._by_group(row, group), state.secondary, visual, self.core)
+            state.core = self._best(self._by_group(row, group), state.secondary, state.visual, self.core)
         self._forget(state, row.mean(1))
         return weights
 
@@ -175,9 +177,9 @@ class AvlOracle:
         """A dynamic cache has one key more each step."""
         more = keys - state.text.shape[1]
         if more > 0:
-            state.core, state.secondary, state.text, state.text_scores = (
+            state.visual, state.core, state.secondary, state.text, state.text_scores = (
                 torch.nn.functional.pad(x, (0, more))
-                for x in (state.core, state.secondary, state.text, state.text_scores)
+                for x in (state.visual, state.core, state.secondary, state.text, state.text_scores)
             )
 
     # --- text ---
@@ -187,9 +189,9 @@ class AvlOracle:
         if self.text == 1:
             return
         for b in range(row.shape[0]):
-            if not self.visual[b].any():
+            if not state.visual[b].any():
                 continue
-            first = int(self.visual[b].nonzero().min())
+            first = int(state.visual[b].nonzero().min())
             evictable = state.text[b].clone()
             evictable[:first] = False
             kept = evictable.nonzero().flatten()

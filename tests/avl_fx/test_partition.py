@@ -1,0 +1,214 @@
+"""The state of a partitioned cache: what is read, how rows move, and when the state is no longer believed."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from avl_fx.kernels.partition import partition_
+from avl_fx.partition import Partition, dense_segments, find_partition
+from avl_fx.passes.partition_modalities import MAX_SEGMENTS
+from avl_fx.policies import VisionPolicy
+
+KV_HEADS, HEAD_DIM = 2, 4
+
+
+def read_positions(segments, keys):
+    """Key positions that one row's segments cover."""
+    return sorted(p for start, length in segments.tolist() for p in range(start, min(start + length, keys)))
+
+
+def tagged(visual):
+    """Keys whose content is their own position, so that a moved row is recognised."""
+    batch, length = visual.shape
+    positions = torch.arange(length, dtype=torch.float32)[None, None, :, None]
+    heads = torch.arange(KV_HEADS, dtype=torch.float32)[None, :, None, None] * 1000
+    return (positions + heads).expand(batch, KV_HEADS, length, HEAD_DIM).clone()
+
+
+@st.composite
+def rows(draw):
+    """Visual positions of one to three ragged rows, some without any."""
+    length = draw(st.integers(1, 24))
+    row = st.lists(st.booleans(), min_size=length, max_size=length)
+    return torch.tensor(draw(st.lists(row, min_size=1, max_size=3)))
+
+
+@st.composite
+def policies(draw):
+    secondary = draw(st.floats(0.1, 1.0))
+    return VisionPolicy(
+        core=draw(st.floats(0.05, secondary)),
+        secondary=secondary,
+        refresh=draw(st.integers(0, 4)),
+        scores=draw(st.sampled_from(["shared", "per_kv_head"])),
+    )
+
+
+def scores_of(seed, batch, length):
+    # Few different values: ties happen.
+    return torch.randint(0, 6, (batch, KV_HEADS, length), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def best(scores, among, count):
+    """The `count` best of the positions `among`, equal scores to the earlier one."""
+    return set(sorted(among, key=lambda p: (-scores[p].item(), p))[:count])
+
+
+@given(visual=rows(), policy=policies(), seed=st.integers(0, 2**16), steps=st.integers(0, 9))
+@settings(max_examples=80, deadline=None)
+def test_rows_move_as_the_scores_say_and_nothing_is_lost(visual, policy, seed, steps):
+    batch, length = visual.shape
+    partition = Partition.start(policy, visual)
+    if partition is None:
+        assert not visual.any()
+        return
+    keys, values = tagged(visual), tagged(visual) + 0.5
+    before = keys.clone()
+    scores = scores_of(seed, batch, length)
+    partition_(keys, values, *partition.first_order(0, scores))
+    groups = range(1 if policy.scores == "shared" else KV_HEADS)
+
+    def group_scores(scores, b, g):
+        return scores[b].mean(0) if policy.scores == "shared" else scores[b, g]
+
+    def positions(b, g, slots):
+        return {int(p) % 1000 for p in keys[b, g, slots, 0].tolist()}
+
+    slots = [flags.nonzero().flatten() for flags in visual]
+    counts = [(int(policy.core * len(s)), int(policy.secondary * len(s))) for s in slots]
+    secondary = {}
+    for b in range(batch):
+        for g in groups:
+            ranked = group_scores(scores, b, g)
+            secondary[b, g] = best(ranked, slots[b].tolist(), counts[b][1])
+            assert positions(b, g, slots[b][: counts[b][1]]) == secondary[b, g]
+            assert positions(b, g, slots[b][: counts[b][0]]) == best(ranked, slots[b].tolist(), counts[b][0])
+    for step in range(steps):
+        # What a step reads by position is no longer what lies there: scores are asked of where tokens are now.
+        where = keys[..., 0].long() % 1000
+        scores = scores_of(seed + step + 1, batch, length)
+        order = partition.next_order(0, scores.gather(2, where))
+        if order is not None:
+            partition_(keys, values, *order)
+        for b in range(batch):
+            for g in groups:
+                wanted = best(group_scores(scores, b, g), secondary[b, g], counts[b][0])
+                assert positions(b, g, slots[b][: counts[b][0]]) == wanted
+                assert positions(b, g, slots[b][: counts[b][1]]) == secondary[b, g]
+    assert torch.equal(values, keys + 0.5)
+    assert torch.equal(keys.sort(2).values, before)
+    text = ~visual[:, None].expand(-1, KV_HEADS, -1)
+    assert torch.equal(keys[text], before[text])
+
+
+@given(visual=rows(), policy=policies())
+@settings(max_examples=60, deadline=None)
+def test_segments_leave_out_exactly_the_visual_rows_beyond_core(visual, policy):
+    partition = Partition.start(policy, visual)
+    if partition is None:
+        return
+    keys = visual.shape[1] + 3
+    for segments, ratio in ((partition.core_segments, policy.core), (partition.secondary_segments, policy.secondary)):
+        assert segments.shape == (len(visual), MAX_SEGMENTS, 2)
+        for row, flags in zip(segments, visual, strict=True):
+            slots = flags.nonzero().flatten().tolist()
+            left_out = slots[int(ratio * len(slots)) :]
+            assert read_positions(row, keys) == [p for p in range(keys) if p not in left_out]
+
+
+@given(visual=rows(), policy=policies(), seed=st.integers(0, 2**16))
+@settings(max_examples=40, deadline=None)
+def test_dense_attention_over_a_partitioned_cache_is_unchanged(visual, policy, seed):
+    partition = Partition.start(policy, visual)
+    if partition is None:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    query, keys, values = (
+        torch.randn(len(visual), KV_HEADS, n, HEAD_DIM, generator=generator, dtype=torch.float64)
+        for n in (1, visual.shape[1], visual.shape[1])
+    )
+    attention = torch.nn.functional.scaled_dot_product_attention
+    expected = attention(query, keys, values)
+    partition_(keys, values, *partition.first_order(0, scores_of(seed, *visual.shape)))
+    torch.testing.assert_close(attention(query, keys, values), expected)
+
+
+def test_steps_alternate_between_core_and_secondary():
+    visual = torch.tensor([[False, True, True, True, True, False]])
+    partition = Partition.start(VisionPolicy(core=0.25, secondary=0.5, refresh=3), visual)
+    read = []
+    for _ in range(6):
+        read.append(len(read_positions(partition.segments[0], 6)))
+        partition.step += 1
+    assert read == [3, 3, 4, 3, 3, 4]
+    always = Partition.start(VisionPolicy(core=0.25, secondary=0.5, refresh=0), visual)
+    assert len(read_positions(always.segments[0], 6)) == 4
+    assert not always.refreshes
+    assert read_positions(dense_segments(1, torch.device("cpu"))[0], 6) == list(range(6))
+
+
+def test_too_many_spans_stay_dense(caplog):
+    visual = torch.tensor([[False, True] * (2 * MAX_SEGMENTS)])
+    assert Partition.start(VisionPolicy(core=0.1), visual) is None
+    assert "attention stays dense" in caplog.text
+
+
+# ---- when the state is believed --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def partitioned():
+    policy = VisionPolicy()
+    keys = [torch.zeros(1, KV_HEADS, 6, HEAD_DIM) for _ in range(3)]
+    partition = Partition.start(policy, torch.tensor([[False, True, True, True, True, False]]))
+    partition.attach(keys)
+    return policy, keys, partition
+
+
+def test_the_state_rides_on_the_keys(partitioned):
+    policy, keys, partition = partitioned
+    assert find_partition(keys, policy) is partition
+    assert find_partition(keys, VisionPolicy(core=0.2)) is None  # another plan's
+
+
+def test_keys_that_somebody_wrote_have_no_state(partitioned):
+    policy, keys, _ = partitioned
+    keys[1].zero_()  # what a reset of a static cache does
+    assert find_partition(keys, policy) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda k: k[..., :-1, :],
+        lambda k: k.index_select(0, torch.tensor([0])),
+        lambda k: k.repeat_interleave(2, 0),
+        lambda k: k[torch.tensor([0])],
+        lambda k: k.clone(),
+        copy.deepcopy,
+    ],
+    ids=["crop", "reorder", "repeat", "select", "clone", "deepcopy"],
+)
+def test_copies_have_no_state_of_their_own(partitioned, change):
+    policy, keys, partition = partitioned
+    changed = [change(k) for k in keys]
+    found = find_partition(changed, policy)
+    assert found is None or found is not partition
+    assert find_partition([*keys[:2], changed[2]], policy) is None
+
+
+def test_older_keys_of_the_same_cache_are_out_of_date(partitioned):
+    policy, keys, partition = partitioned
+    newer = [k.clone() for k in keys]
+    partition.generation += 1
+    partition.attach(newer)
+    assert find_partition(newer, policy) is partition
+    assert find_partition(keys, policy) is None
+
+
+def test_a_layer_without_state_makes_the_whole_cache_unknown(partitioned):
+    policy, keys, _ = partitioned
+    assert find_partition([*keys, torch.zeros(1, KV_HEADS, 6, HEAD_DIM)], policy) is None
