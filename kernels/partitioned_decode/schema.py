@@ -15,7 +15,9 @@ __all__ = ["partitioned_decode"]
 MAX_SEGMENTS = 64
 
 
-@torch.library.custom_op("avl::partitioned_decode", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
+NAME = "avl::partitioned_decode"
+
+
 def partitioned_decode(
     query: Tensor,
     key: Tensor,
@@ -71,7 +73,16 @@ def partitioned_decode(
     )
 
 
-@partitioned_decode.register_fake
+# Not `custom_op`: what it wraps around each call takes as long as the attention of a short prompt itself.
+torch.library.define(
+    NAME,
+    torch.library.infer_schema(partitioned_decode, mutates_args=()),
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+)
+torch.library.impl(NAME, "CompositeExplicitAutograd")(partitioned_decode)
+
+
+@torch.library.register_fake(NAME)
 def _(query, key, value, new_key, new_value, mask, segments, weigh, scale):
     batch, kv_heads, keys, _ = key.shape
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
