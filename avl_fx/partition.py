@@ -142,9 +142,10 @@ class Partition:
         all_slots = slots[:, None].expand_as(tokens)
         target = all_slots.gather(2, pairs).masked_fill(~real, -1)
         source = all_slots.gather(2, partners).masked_fill(~real, 0)
-        swapped = tokens.gather(2, partners)
-        kept = tokens.gather(2, pairs)
-        self.tokens[layer][..., :width].scatter_(2, pairs, torch.where(real, swapped, kept))
+        # Rows with fewer moves than others write into a column of their own, which is thrown away.
+        padded = torch.cat([tokens, tokens[..., :1]], -1)
+        padded.scatter_(2, pairs.masked_fill(~real, width), tokens.gather(2, partners))
+        self.tokens[layer][..., :width] = padded[..., :width]
         return source, target
 
     def _of_slots(self, rows: Tensor, slots: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from avl_fx.kernels.partition import partition_
@@ -58,7 +58,13 @@ def best(scores, among, count):
 
 
 @given(visual=rows(), policy=policies(), seed=st.integers(0, 2**16), steps=st.integers(0, 9))
-@settings(max_examples=80, deadline=None)
+@example(  # a row with fewer moves than another
+    visual=torch.tensor([[False] * 5 + [True] * 2, [False] * 3 + [True] * 4]),
+    policy=VisionPolicy(core=0.5, secondary=1.0),
+    seed=0,
+    steps=9,
+)
+@settings(max_examples=150, deadline=None)
 def test_rows_move_as_the_scores_say_and_nothing_is_lost(visual, policy, seed, steps):
     batch, length = visual.shape
     partition = Partition.start(policy, visual)

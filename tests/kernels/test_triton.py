@@ -11,25 +11,41 @@ import pytest
 import torch
 
 CASES = Path(__file__).parent / "_triton_cases.py"
+OPERATORS = ("decode", "scores", "moves")
 
 
-def run_cases(**environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)]
+def run_cases(chosen: str, **environment: str) -> None:
+    """Those cases whose names hold ``chosen``."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        chosen,
+        str(CASES),
+    ]
     result = subprocess.run(
         command, cwd=CASES.parents[2], env={**os.environ, **environment}, capture_output=True, text=True, timeout=500
     )
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
 
 
-def test_interpreted() -> None:
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_interpreted(operator: str) -> None:
     pytest.importorskip("triton")
-    run_cases(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    run_cases(f"test_{operator}", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
-def test_on_a_gpu() -> None:
-    run_cases(TRITON_INTERPRET="0")
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_on_a_gpu(operator: str) -> None:
+    run_cases(f"test_{operator}", TRITON_INTERPRET="0")
 
 
 def test_triton_is_imported_late() -> None:

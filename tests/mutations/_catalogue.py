@@ -34,6 +34,7 @@ LOCATE, LOWER, VERIFY, REWRITE, NODES = (
     f"{P}{n}.py" for n in ("locate_modalities", "lower", "verify", "rewrite", "nodes")
 )
 KERNEL, DROPPED = "tests/kernels/test_attention.py", "tests/avl_fx/test_dropped_keys.py"
+STATE, AVL = "tests/avl_fx/test_partition.py", "tests/e2e/test_avl.py -m 'not matrix'"
 
 
 def _in(file: str, *mutations: tuple[str, str, str, str]) -> list[Mutation]:
@@ -267,7 +268,7 @@ MUTATIONS: list[Mutation] = [
     *_in(
         "passes/finish_outputs.py",
         ("leave gaps in the outputs", "if i not in emptied]", "]", SHARE),
-        ("keep the visual positions to itself", "returned.append(ctx.visual.node)", "pass", LOCATE),
+        ("keep the visual positions to itself", "returned + ctx.returned()", "returned", LOCATE),
     ),
     *_in(
         "passes/verify.py",
@@ -397,5 +398,65 @@ MUTATIONS: list[Mutation] = [
             "keys = key.repeat(1, groups, 1, 1)",
             KERNEL,
         ),
+    ),
+    *_in(
+        "passes/partition_modalities.py",
+        (
+            "decode without the mask",
+            "*(query, key, value, None, None, mask, io.segments, io.weigh, scale)",
+            "*(query, key, value, None, None, None, io.segments, io.weigh, scale)",
+            f"{AVL} -k 'oracle and mistral3'",
+        ),
+        (
+            "partition sliding windows as well",
+            'if site.kind != "full":',
+            'if site.kind == "cross":',
+            f"{AVL} -k 'oracle and gemma3'",
+        ),
+        (
+            "score by the first query",
+            "io.positions, scale, is_causal, window",
+            "io.positions, scale, is_causal, 10**6",
+            f"{AVL} -k 'oracle and mistral3'",
+        ),
+        (
+            "ask no mask whether visual keys are visible",
+            "if first.args[_MASK] is not None:",
+            "if False:",
+            f"{AVL} -k hides",
+        ),
+    ),
+    *_in(
+        "avl_fx/partition.py",
+        (
+            "rank the worst keys first",
+            "rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)",
+            "rank = scores.argsort(dim=-1, descending=False, stable=True).argsort(-1)",
+            STATE,
+        ),
+        (
+            "forget which token lies where",
+            "self.tokens[layer][..., :width] = padded[..., :width]",
+            "pass",
+            STATE,
+        ),
+        ("read one visual row too many", "start = position + 1", "start = position", STATE),
+        (
+            "believe a state that is out of date",
+            "return partition if generation == partition.generation and version == _version(tensor) else None",
+            "return partition",
+            STATE,
+        ),
+    ),
+    *_in(
+        "avl_fx/partition_runtime.py",
+        (
+            "leave the values of lazy layers where they were",
+            "if layer.scores_from == anchor.layer:",
+            "if layer.layer == anchor.layer:",
+            f"{AVL} -k 'oracle and torch.compile-dynamic-1-window-lazy'",
+        ),
+        ("never pick core anew", "if partition.refreshes:", "if False:", f"{AVL} -k 'oracle and mistral3'"),
+        ("start a second turn from nothing", "if before is not None:", "if False:", f"{AVL} -k second_turn"),
     ),
 ]

@@ -10,8 +10,11 @@ import pytest
 from tests.mutations._catalogue import MUTATIONS, Mutation
 from tests.mutations._run import ROOT
 
-PASSES = ("find_attention", "softmax_pattern", "unrepeat", "share_queries", "drop_keys", "locate_modalities", "lower")
-OTHERS = ("finish_outputs", "verify", "rewrite", "nodes", "dropped_keys", "runtime")
+PASSES = (
+    *("find_attention", "softmax_pattern", "unrepeat", "locate_modalities", "share_queries", "drop_keys"),
+    *("partition_modalities", "lower"),
+)
+OTHERS = ("finish_outputs", "verify", "rewrite", "nodes", "dropped_keys", "runtime", "partition", "partition_runtime")
 
 
 def identify(mutation: Mutation) -> str:
