@@ -107,7 +107,8 @@ def _cuda_resources(cubin: bytes) -> dict[str, int | None]:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {"registers": _number(r"REG:(\d+)", text), "spills": _number(r"LOCAL:(\d+)", text)}
+    # What does not fit into registers goes to the stack, which is local memory.
+    return {"registers": _number(r"REG:(\d+)", text), "spills": _number(r"STACK:(\d+)", text)}
 
 
 def _hip_resources(assembly: str) -> dict[str, int | None]:

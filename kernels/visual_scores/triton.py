@@ -15,8 +15,8 @@ from avl_fx.kernels.splits import split_count
 from avl_fx.kernels.visual_scores.rows import scoring_rows
 
 BLOCK_KEYS = 64
-MAX_BLOCK_ROWS = 64
-"""Sizes of one tile."""
+MAX_BLOCK_ROWS = 32
+"""Sizes of one tile. With 64 rows of 128 dimensions and a mask, the registers of sm_100 do not suffice."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-2e38)
