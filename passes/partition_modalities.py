@@ -148,7 +148,7 @@ def _is_prefix(node: fx.Node) -> bool:
     parts = node.args[1]
     if len(parts) > 4 or not all(isinstance(p, slice) and p.start in (None, 0) and p.step in (None, 1) for p in parts):
         return False
-    return all(p.stop is None for i, p in enumerate(parts) if i != 2)  # type: ignore[union-attr]
+    return all(p.stop is None for i, p in enumerate(parts) if i != 2)
 
 
 def _static_positions(site: Site) -> fx.Node | None:
