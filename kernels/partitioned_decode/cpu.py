@@ -32,8 +32,8 @@ def partitioned_decode_cpu(
     """`avl::partitioned_decode` on CPU; see the schema for shapes."""
     if new_key is not None and new_value is not None:
         key, value = with_spare_row(key), with_spare_row(value)
-        key[:, :, -1:].copy_(new_key)
-        value[:, :, -1:].copy_(new_value)
+        key.narrow(2, key.shape[2] - 1, 1).copy_(new_key)
+        value.narrow(2, value.shape[2] - 1, 1).copy_(new_value)
     batch, kv_heads, keys, _ = key.shape
     if mask is not None:
         mask = mask if mask.dtype == torch.bool else mask.float()
@@ -120,7 +120,8 @@ def _fused(
 
 def _packed(tensor: Tensor, kv_heads: int) -> Tensor:
     """``[b, heads, 1, n]`` as ``[b, kv_heads, group, n]``; one head for all stays one."""
-    return tensor if tensor.shape[1] == 1 else tensor.unflatten(1, (kv_heads, -1)).squeeze(3)
+    batch, heads, _, n = tensor.shape
+    return tensor if heads == 1 else tensor.view(batch, kv_heads, heads // kv_heads, n)
 
 
 def _products(
@@ -150,13 +151,13 @@ def _products(
     probabilities = torch.softmax(logits, dim=2)
     if mask is not None:
         probabilities.masked_fill_(logits.amax(dim=2, keepdim=True) == float("-inf"), 0.0)
-    parts = probabilities.split([end - start for start, end in ranges], dim=2)
-    out = torch.bmm(parts[0], _slice(value, ranges[0]))
-    for part, at in zip(parts[1:], ranges[1:], strict=True):
-        out.baddbmm_(part, _slice(value, at))
-    if weights is not None:
-        for part, (start, end) in zip(parts, ranges, strict=True):
+    out, done = columns.new_zeros(batch * kv_heads, group, value.shape[2]), 0
+    for start, end in ranges:
+        part = probabilities.narrow(2, done, end - start)
+        out.baddbmm_(part, _slice(value, (start, end)))
+        if weights is not None:
             weights[:, :, start:end] = part.mean(dim=1).view(batch, kv_heads, -1)
+        done += end - start
     return out.to(query.dtype).view(batch, heads, 1, -1)
 
 
@@ -166,7 +167,7 @@ def _one_stride(cache: Tensor) -> bool:
 
 
 def _slice(cache: Tensor, at: Range) -> Tensor:
-    return cache[:, at[0] : at[1]].float()
+    return cache.narrow(1, at[0], at[1] - at[0]).float()
 
 
 def _taken(tensor: Tensor, ranges: list[Range], dim: int) -> Tensor:
