@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from benchmarks import decode_dense, grouped_attention, pass_overhead
+from benchmarks import decode_dense, grouped_attention, partitioned_attention, pass_overhead
 from benchmarks._report import console
 
 
@@ -14,6 +14,7 @@ def main() -> None:
     if load > 0.5:
         console.print(f"[yellow]load average is {load:.1f}: something else is running, timings will lie")
     grouped_attention.main()
+    partitioned_attention.main()
     pass_overhead.main()
     decode_dense.main()
 
