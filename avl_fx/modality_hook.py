@@ -29,6 +29,10 @@ class ModalityHook:
         config = getattr(model, "config", None)
         ids = (getattr(config, name, None) for name in _TOKEN_ID_NAMES)
         self._visual_ids = tuple(sorted({i for i in ids if isinstance(i, int)}))
+        text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
+        if getattr(text, "cross_attention_layers", None):
+            # Images come in through cross-attention (Mllama): the image token is an ordinary token of the text.
+            self._visual_ids = ()
         self._tokens: list[Token[Tensor | None] | None] = []
 
     @classmethod
