@@ -1,8 +1,8 @@
 """CPU lowering of `avl::attention`: ATen's flash kernel on un-repeated keys and values.
 
 ATen's CPU kernel reads grouped keys natively. Handing it `repeat_kv`'d keys instead makes it (and Inductor's own
-lowering, which has to materialise them) move `heads / kv_heads` times the bytes: at 12/4 heads, 2,880 keys, one query, 2
-cores, both under Inductor: 0.88 against 2.36 ms at batch 1, 3.5 against 43 ms at batch 4 (benchmarks/results).
+lowering, which has to materialise them) move `heads / kv_heads` times the bytes: at 12/4 heads, 2,880 keys, one query,
+two cores, both under Inductor: 0.88 against 2.36 ms at batch 1, 3.5 against 43 ms at batch 4 (benchmarks/results).
 """
 
 import torch.nn.functional as F
