@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from avl_fx.passes.partition_modalities import MAX_SEGMENTS
+from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
 from avl_fx.policies import VisionPolicy
 
 __all__ = ["Partition", "dense_segments", "find_partition"]

@@ -7,6 +7,7 @@ use). Anything else that reads the keys keeps them alive, and the layer is refus
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -15,7 +16,7 @@ from avl_fx.passes.context import DroppedKeys, PassContext
 from avl_fx.passes.nodes import METADATA_OPS, alias_root, aliases, fake, mutated_input, op, same_size, shape, writes_to
 from avl_fx.passes.site import Reason, Site
 
-__all__ = ["drop_keys"]
+__all__ = ["drop_keys", "output_positions"]
 
 
 def drop_keys(
@@ -42,7 +43,7 @@ def drop_keys(
     drops: list[DroppedKeys] = []
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for buffer in buffers:
-        positions = _positions(returned, buffer)
+        positions = output_positions(returned, buffer)
         if buffer.op == "placeholder":
             drops.append(DroppedKeys(site.layer, head_dim, placeholder=placeholders.index(buffer)))
         elif len(positions) == 1:
@@ -50,9 +51,9 @@ def drop_keys(
             drops.append(DroppedKeys(site.layer, head_dim, output=positions[0]))
         elif positions:
             return Reason.KEYS_ESCAPE, f"returned {len(positions)} times"
-    emptied = [] if root in buffers else _positions(returned, root)
+    emptied = [] if root in buffers else output_positions(returned, root)
     if emptied:
-        like = _positions(returned, alias_root(value))
+        like = output_positions(returned, alias_root(value))
         if len(emptied) != 1 or len(like) != 1:
             return Reason.KEYS_ESCAPE, f"keys are returned {len(emptied)} times, values {len(like)} times"
         if not _marker_fits(returned[emptied[0]], returned[like[0]], head_dim):
@@ -84,7 +85,7 @@ def _marker_fits(key: fx.Node, value: fx.Node, head_dim: int) -> bool:
     return all(same_size(a, b) or not (isinstance(a, int) or isinstance(b, int)) for a, b in sizes)
 
 
-def _positions(returned: list[Any], root: fx.Node) -> list[int]:
+def output_positions(returned: Sequence[Any], root: fx.Node) -> list[int]:
     """Output positions that hold ``root`` or a view of it."""
     return [i for i, n in enumerate(returned) if isinstance(n, fx.Node) and alias_root(n) is root]
 

@@ -19,18 +19,16 @@ import torch
 from torch import fx
 
 # Importing the operators registers them.
-from avl_fx.kernels import partitioned_decode as _partitioned_decode  # noqa: F401
 from avl_fx.kernels import visual_scores as _visual_scores  # noqa: F401
+from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
 from avl_fx.passes.context import CachedTensor, PartitionedLayer, PartitionIO, PassContext
+from avl_fx.passes.drop_keys import output_positions
 from avl_fx.passes.nodes import alias_root, fake, mutated_input, op, same_shape, shape, writes_to
 from avl_fx.passes.rewrite import insert_call, remove_dead
 from avl_fx.passes.share_queries import decoder_sites, same_value
 from avl_fx.passes.site import PassResult, Reason, Site, Status
 
-__all__ = ["MAX_SEGMENTS", "partition_modalities"]
-
-MAX_SEGMENTS = 64
-"""Key ranges a batch row may have; rows that need more are attended to densely."""
+__all__ = ["partition_modalities"]
 
 _QUERY, _KEY, _VALUE, _MASK, _SCALE, _CAUSAL = range(6)
 _SAME_TENSOR = frozenset({"detach", "alias"})
@@ -130,15 +128,15 @@ def _stored(gm: fx.GraphModule, tensor: Any) -> CachedTensor | None:
     if node.op == "placeholder":
         return CachedTensor(before=placeholders.index(node)) if writes_to(node) else None
     output = next(n for n in gm.graph.nodes if n.op == "output")
-    root = alias_root(node)
-    returned = [(i, n) for i, n in enumerate(output.args[0]) if isinstance(n, fx.Node) and alias_root(n) is root]
-    if len(returned) != 1 or not same_shape(returned[0][1], node):
+    root, returned = alias_root(node), output.args[0]
+    positions = output_positions(returned, root)
+    if len(positions) != 1 or not same_shape(returned[positions[0]], node):
         return None
     before = None
     if op(root) == "cat" and isinstance(root.args[0], tuple | list) and len(root.args[0]) == 2:
         past = alias_root(root.args[0][0])  # type: ignore[arg-type]
         before = placeholders.index(past) if past.op == "placeholder" else None
-    return CachedTensor(before=before, after=returned[0][0])
+    return CachedTensor(before=before, after=positions[0])
 
 
 def _is_prefix(node: fx.Node) -> bool:

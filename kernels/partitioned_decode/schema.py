@@ -10,10 +10,10 @@ from torch import Tensor
 
 from avl_fx.kernels.dispatch import implementation
 
-__all__ = ["partitioned_decode"]
+__all__ = ["MAX_SEGMENTS", "partitioned_decode"]
 
 MAX_SEGMENTS = 64
-
+"""Key ranges a batch row may have."""
 
 NAME = "avl::partitioned_decode"
 

@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from avl_fx.kernels.partition import partition_
+from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
 from avl_fx.partition import Partition, dense_segments, find_partition
-from avl_fx.passes.partition_modalities import MAX_SEGMENTS
 from avl_fx.policies import VisionPolicy
 
 KV_HEADS, HEAD_DIM = 2, 4
