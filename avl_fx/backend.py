@@ -13,6 +13,7 @@ from torch import fx
 
 from avl_fx import _compat
 from avl_fx.errors import AvlError, InternalError
+from avl_fx.growing import GrowingCache
 from avl_fx.modality import carried, given
 from avl_fx.options import BackendOptions, parse_options
 from avl_fx.partition_runtime import PartitionRuntime
@@ -104,12 +105,20 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
     record.compile_seconds = time.perf_counter() - start
     if recorder is not None:
         recorder.graphs.append(record)
-    dropped = sorted(ctx.dropped_keys, key=lambda d: -1 if d.output is None else d.output)
-    returns_visual = ctx.visual is not None and ctx.visual.node is not None
     partition = None
     if ctx.partition is not None and options.plan.vision_policy is not None:
         partition = PartitionRuntime.of(options.plan.vision_policy, ctx.partition)
-    return CompiledGraph(compiled, dense_keys, tuple(dropped), returns_visual, record, partition)
+    return CompiledGraph(
+        compiled,
+        dense_keys,
+        dropped=tuple(ctx.dropped_keys),
+        returns_visual=ctx.visual is not None and ctx.visual.node is not None,
+        record=record,
+        emptied=ctx.emptied(),
+        growing=GrowingCache(ctx.growing, ctx.reserve) if ctx.growing or ctx.reserve else None,
+        partition=partition,
+        takes_ranges=ctx.ranges is not None,
+    )
 
 
 def _make_context(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> PassContext:
@@ -125,6 +134,8 @@ def _make_context(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Ba
         expected_layers=resolver.decoder_layers(),
         decoder_modules=resolver.decoder_modules(),
         carried_visual=visual,
+        # CUDA graphs copy their inputs into memory of their own, without what lies behind their end.
+        spare_rows=not options.inductor_config().get("triton.cudagraphs", False),
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
 from avl_fx.policies import VisionPolicy
 
-__all__ = ["Partition", "dense_segments", "find_partition"]
+__all__ = ["Partition", "everything", "find_partition"]
 
 log = logging.getLogger("avl_fx")
 
@@ -30,11 +31,21 @@ _END = 2**40
 """A segment of this length reaches the end of the cache, however long it grows."""
 
 
-def dense_segments(batch: int, device: torch.device) -> Tensor:
-    """One segment a row that covers every key; int64 ``[batch, MAX_SEGMENTS, 2]``."""
-    segments = torch.zeros(batch, MAX_SEGMENTS, 2, dtype=torch.int64)
-    segments[:, 0, 1] = _END
-    return segments.to(device)
+def everything(like: Tensor, weigh: bool = False) -> tuple[Tensor, Tensor]:
+    """The inputs of a decode graph that let it read every key of ``like`` ``[batch, kv_heads, keys, dim]``.
+
+    Returns:
+        Key ranges int64 ``[batch, MAX_SEGMENTS, 2]`` and whether softmax rows are wanted, int32 ``[1]``.
+    """
+    return _everything(like.shape[0], like.device, weigh)
+
+
+@lru_cache(maxsize=64)
+def _everything(batch: int, device: torch.device, weigh: bool) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # kept for later calls, which may run in any mode
+        segments = torch.zeros(batch, MAX_SEGMENTS, 2, dtype=torch.int64)
+        segments[:, 0, 1] = _END
+        return segments.to(device), torch.tensor([int(weigh)], dtype=torch.int32, device=device)
 
 
 @dataclass

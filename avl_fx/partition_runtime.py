@@ -17,7 +17,7 @@ from torch import Tensor
 
 from avl_fx.kernels.partition import partition_
 from avl_fx.modality import given
-from avl_fx.partition import Partition, dense_segments, find_partition
+from avl_fx.partition import Partition, everything, find_partition
 from avl_fx.passes.context import CachedTensor, PartitionedLayer, PartitionIO
 from avl_fx.policies import VisionPolicy
 
@@ -63,11 +63,9 @@ class PartitionRuntime:
         if not self.decode:
             return ()
         first = next(args[c.before] for c in self._cached() if c.before is not None)
-        if partition is not None:
-            segments, weigh = partition.segments, partition.refreshes
-        else:
-            segments, weigh = dense_segments(first.shape[0], first.device), given() is not None
-        return segments, torch.tensor([int(weigh)], dtype=torch.int32, device=first.device)
+        if partition is None:
+            return everything(first, weigh=given() is not None)
+        return partition.segments, everything(first, weigh=partition.refreshes)[1]
 
     # ---- after the call --------------------------------------------------------------------------------------------
 
@@ -100,11 +98,11 @@ class PartitionRuntime:
                 self._step(partition, args, outputs, keys, scores)
             else:
                 length = next(iter(keys.values())).shape[2] if positions is None else int(positions[-1]) + 1
-                everything = self._visual(length, visual, partition, batch=next(iter(keys.values())).shape[0])
-                if everything is None or not _all_visible(everything, last_mask):
+                seen = self._visual(length, visual, partition, batch=next(iter(keys.values())).shape[0])
+                if seen is None or not _all_visible(seen, last_mask):
                     partition = None
                 else:
-                    partition = self._start(everything, args, outputs, keys, scores)
+                    partition = self._start(seen, args, outputs, keys, scores)
         if partition is not None:
             partition.generation += 1
             partition.attach(list(keys.values()))
@@ -117,15 +115,15 @@ class PartitionRuntime:
             offset = length - (0 if visual is None else visual.shape[1])
         if visual is None and before is None:
             return None
-        everything = torch.zeros(batch, length, dtype=torch.bool)
+        seen = torch.zeros(batch, length, dtype=torch.bool)
         if before is not None:
-            everything[:, : before.visual.shape[1]] = before.visual[:, :length]
+            seen[:, : before.visual.shape[1]] = before.visual[:, :length]
         if visual is not None:
             if visual.shape[0] != batch or offset < 0 or offset + visual.shape[1] > length:
                 log.warning("visual positions %s do not fit a cache of %d keys", tuple(visual.shape), length)
                 return None
-            everything[:, offset : offset + visual.shape[1]] = visual.cpu()
-        return everything
+            seen[:, offset : offset + visual.shape[1]] = visual.cpu()
+        return seen
 
     def _start(
         self,

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from avl_fx.dropped_keys import check_stored, mark_buffer, marker
+from avl_fx.growing import GrowingCache
 from avl_fx.modality import attach, carried, given
+from avl_fx.partition import Partition, everything
 from avl_fx.partition_runtime import PartitionRuntime
 from avl_fx.passes.context import DroppedKeys
 from avl_fx.record import GraphRecord, active_recorder
@@ -33,7 +35,11 @@ class CompiledGraph:
     """In ascending order of output position."""
     returns_visual: bool
     record: GraphRecord
+    emptied: Sequence[int] = ()
+    """Output positions, ascending, where the graph returns nothing."""
+    growing: GrowingCache | None = None
     partition: PartitionRuntime | None = None
+    takes_ranges: bool = False
 
     def __call__(self, *args: Any) -> Any:
         for position, layer in self.dense_keys:
@@ -41,30 +47,39 @@ class CompiledGraph:
         for drop in self.dropped:
             if drop.placeholder is not None:
                 mark_buffer(args[drop.placeholder])
-        if self.partition is None:
-            outputs = list(self.compiled(*args))
-            visual = outputs.pop() if self.returns_visual else None
-            self._restore(outputs)
-            self._pass_on(args, outputs, visual)
-            return outputs
-        state = self.partition.state(args)
-        outputs = list(self.compiled(*args, *self.partition.inputs(args, state)))
-        returned = [outputs.pop() for _ in range(self.partition.returned)][::-1]
+        state = None if self.partition is None else self.partition.state(args)
+        ranges = self._ranges(args, state)
+        inputs = args if self.growing is None else self.growing.before(args)
+        outputs = list(self.compiled(*inputs, *ranges))
+        returned = [outputs.pop() for _ in range(0 if self.partition is None else self.partition.returned)][::-1]
         visual = outputs.pop() if self.returns_visual else None
-        self._restore(outputs)
+        for position in self.emptied:
+            outputs.insert(position, None)
+        if self.growing is not None:
+            self.growing.after(inputs, outputs)
+        self._mark_dropped(outputs)
         visual = self._pass_on(args, outputs, visual)
-        self.partition.finish(args, outputs, returned, visual, state)
+        if self.partition is not None:
+            self.partition.finish(inputs, outputs, returned, visual, state)
         return outputs
 
-    def _restore(self, outputs: list[Any]) -> None:
-        functional = [d for d in self.dropped if d.output is not None and d.like_output is not None]
-        for drop in functional:
-            outputs.insert(drop.output, None)  # type: ignore[arg-type]
-        for drop in functional:
-            outputs[drop.output] = marker(outputs[drop.like_output], drop.head_dim)  # type: ignore[index]
+    def _ranges(self, args: Sequence[Any], state: Partition | None) -> tuple[Tensor, ...]:
+        """What the graph is to read: everything, unless its cache is partitioned."""
+        if not self.takes_ranges:
+            return ()
+        if self.partition is not None:
+            return self.partition.inputs(args, state)
+        assert self.growing is not None
+        return everything(args[self.growing.tensors[0].before])
+
+    def _mark_dropped(self, outputs: list[Any]) -> None:
         for drop in self.dropped:
-            if drop.output is not None and drop.like_output is None:
+            if drop.output is None:
+                continue
+            if drop.like_output is None:
                 mark_buffer(outputs[drop.output])
+            else:
+                outputs[drop.output] = marker(outputs[drop.like_output], drop.head_dim)
 
     def _pass_on(self, args: Sequence[Any], outputs: list[Any], visual: Tensor | None) -> Tensor | None:
         """Let visual positions ride on; returns those of this forward where they are known."""

@@ -11,7 +11,16 @@ from torch import fx
 from avl_fx.passes.site import Site
 from avl_fx.plan import Plan
 
-__all__ = ["CachedTensor", "DroppedKeys", "PartitionIO", "PartitionedLayer", "PassContext", "VisualSource"]
+__all__ = [
+    "CachedTensor",
+    "DroppedKeys",
+    "GrowingTensor",
+    "KeyRanges",
+    "PartitionIO",
+    "PartitionedLayer",
+    "PassContext",
+    "VisualSource",
+]
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,30 @@ class CachedTensor:
     after: int | None = None
 
 
+@dataclass(frozen=True)
+class GrowingTensor:
+    """A cache tensor that a decode step makes one row longer, in the spare capacity of its buffer.
+
+    The model returned ``cat([past, new])``; the rewritten graph returns nothing there, and the runtime puts the longer
+    view.
+    """
+
+    before: int
+    """Position of the past rows among the graph's inputs."""
+    output: int
+    """Position of the longer tensor among the model's outputs."""
+
+
+@dataclass(frozen=True)
+class KeyRanges:
+    """The inputs of a decode graph that say what it reads."""
+
+    segments: fx.Node
+    """int64 ``[batch, MAX_SEGMENTS, 2]``"""
+    weigh: fx.Node
+    """int32 ``[1]``"""
+
+
 @dataclass
 class PartitionedLayer:
     """One decoder layer whose cache rows the runtime keeps partitioned."""
@@ -72,10 +105,8 @@ class PartitionIO:
     """How one graph and the runtime of `partition_modalities` meet."""
 
     decode: bool
-    """One query: the graph takes ``segments`` and ``weigh``. Otherwise it is dense and only scores."""
+    """One query: the graph takes `KeyRanges`. Otherwise it is dense and only scores."""
     layers: list[PartitionedLayer]
-    segments: fx.Node | None = None
-    weigh: fx.Node | None = None
     positions: fx.Node | None = None
     """Key positions of a prompt's queries, in a static cache; int64 ``[queries]``."""
     last_mask: fx.Node | None = None
@@ -104,7 +135,18 @@ class PassContext:
     carried_visual: str | None = None
     """``carried`` or ``given`` when visual positions come with the graph's inputs."""
     partition: PartitionIO | None = None
+    ranges: KeyRanges | None = None
+    spare_rows: bool = True
+    """Whether rows may be stored behind the end of an input; not where inputs are copied first (CUDA graphs)."""
+    growing: list[GrowingTensor] = field(default_factory=list)
+    reserve: list[int] = field(default_factory=list)
+    """Output positions of cache tensors that a prompt starts: the runtime gives them spare capacity."""
     initially_unused: frozenset[fx.Node] = frozenset()
+
+    def emptied(self) -> list[int]:
+        """Output positions where the rewritten graph returns nothing and the runtime puts something; ascending."""
+        dropped = [d.output for d in self.dropped_keys if d.output is not None and d.like_output is not None]
+        return sorted(dropped + [g.output for g in self.growing])
 
     def keep(self) -> tuple[fx.Node, ...]:
         """Nodes without users that a later stage needs: they are returned beyond the model's own outputs."""

@@ -1,6 +1,7 @@
-"""Stage 6: the graph's outputs as the runtime expects them.
+"""Stage 7: the graph's outputs as the runtime expects them.
 
-Dropped keys are taken out (the runtime puts a marker in their place). Discovered visual positions and the scores of
+Dropped keys are taken out (the runtime puts a marker in their place), and so are caches that grew in place (it puts the
+longer view). Discovered visual positions and the scores of
 partitioned layers are appended (the runtime takes them off again).
 """
 
@@ -15,9 +16,9 @@ __all__ = ["finish_outputs"]
 
 
 def finish_outputs(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Remove the output positions that `share_queries` emptied; append what the runtime wants to know."""
+    """Remove the output positions that earlier stages emptied; append what the runtime wants to know."""
     output = next(n for n in gm.graph.nodes if n.op == "output")
-    emptied = {d.output for d in ctx.dropped_keys if d.like_output is not None}
+    emptied = ctx.emptied()
     returned = [n for i, n in enumerate(output.args[0]) if i not in emptied]
     output.args = (tuple(returned + ctx.returned()),)
     return PassResult("finish_outputs", count=len(emptied))

@@ -20,10 +20,10 @@ from torch import fx
 
 # Importing the operators registers them.
 from avl_fx.kernels import visual_scores as _visual_scores  # noqa: F401
-from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
 from avl_fx.passes.context import CachedTensor, PartitionedLayer, PartitionIO, PassContext
 from avl_fx.passes.drop_keys import output_positions
-from avl_fx.passes.nodes import alias_root, fake, mutated_input, op, same_shape, shape, writes_to
+from avl_fx.passes.nodes import alias_root, mutated_input, op, same_shape, shape, writes_to
+from avl_fx.passes.read_ranges import read_ranges, take_ranges
 from avl_fx.passes.rewrite import insert_call, remove_dead
 from avl_fx.passes.share_queries import decoder_sites, same_value
 from avl_fx.passes.site import PassResult, Reason, Site, Status
@@ -56,8 +56,7 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     decode = layers[0][0].queries == 1
     io = PartitionIO(decode=decode, layers=[layer for _, layer in layers])
     if decode:
-        io.segments, io.weigh = _add_inputs(gm, layers[0][0])
-        result.new_inputs = (io.segments.name, io.weigh.name)
+        result.new_inputs = take_ranges(gm, ctx, layers[0][0])
     else:
         first = layers[0][0].node
         assert first is not None
@@ -70,7 +69,7 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     for site, layer in layers:
         inherits = layer.scores_from != layer.layer
         if decode:
-            weights = _read_segments(site, io)
+            weights = read_ranges(site, ctx)
             layer.weights = None if inherits else weights
         elif not inherits:
             layer.weights = _score(site, io, policy.scoring_window)
@@ -156,41 +155,6 @@ def _static_positions(site: Site) -> fx.Node | None:
         if op(write) == "index_copy_":
             return write.args[2]  # type: ignore[return-value]
     return None
-
-
-def _add_inputs(gm: fx.GraphModule, site: Site) -> tuple[fx.Node, fx.Node]:
-    """Append the inputs ``segments`` int64 ``[batch, MAX_SEGMENTS, 2]`` and ``weigh`` int32 ``[1]``."""
-    assert site.node is not None
-    query = fake(site.node.args[_QUERY])
-    after = [n for n in gm.graph.nodes if n.op == "placeholder"][-1].next
-    made = []
-    for name, sizes, dtype in (
-        ("avl_segments", (query.shape[0], MAX_SEGMENTS, 2), torch.int64),
-        ("avl_weigh", (1,), torch.int32),
-    ):
-        with gm.graph.inserting_before(after):
-            node = gm.graph.placeholder(name)
-        with query.fake_mode:
-            node.meta["example_value"] = torch.empty(sizes, dtype=dtype, device=query.device)
-        made.append(node)
-    return made[0], made[1]
-
-
-def _read_segments(site: Site, io: PartitionIO) -> fx.Node:
-    """Let ``site`` read the ranges in ``io.segments``; returns the node of its weights."""
-    node = site.node
-    assert node is not None
-    query, key, value, mask, scale, _, _ = node.args
-    both = insert_call(
-        node,
-        torch.ops.avl.partitioned_decode.default,
-        *(query, key, value, None, None, mask, io.segments, io.weigh, scale),
-    )
-    out = insert_call(node, operator.getitem, both, 0)
-    weights = insert_call(node, operator.getitem, both, 1)
-    node.replace_all_uses_with(out)
-    site.node = out
-    return weights
 
 
 def _score(site: Site, io: PartitionIO, window: int) -> fx.Node:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+from avl_fx.passes.append_in_place import append_in_place
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.find_attention import find_attention
 from avl_fx.passes.finish_outputs import finish_outputs
@@ -26,6 +27,7 @@ STAGES: tuple[Pass, ...] = (
     locate_modalities,  # where the row-wise visual positions come from
     share_queries,  # lazy blocks inherit queries and keys; dead projections and key writes go
     partition_modalities,  # decode reads text and core; the rest of the visual keys is skipped
+    append_in_place,  # a growing cache is not copied at each step
     lower,  # canonical nodes -> operators Inductor knows
     finish_outputs,  # outputs as the runtime expects them
 )

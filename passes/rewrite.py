@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from avl_fx.passes.nodes import METADATA_OPS, VIEW_OPS, alias_root, fake, mutated_inputs, op, shape
 
-__all__ = ["insert_call", "insert_traced", "remove_dead"]
+__all__ = ["add_input", "insert_call", "insert_traced", "remove_dead"]
 
 
 def insert_call(before: fx.Node, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
@@ -47,6 +47,17 @@ def _fake_mode_of(*trees: Any) -> contextlib.AbstractContextManager[Any]:
         if mode is not None:
             return mode
     return contextlib.nullcontext()
+
+
+def add_input(graph: fx.Graph, name: str, sizes: tuple[Any, ...], dtype: torch.dtype, like: fx.Node) -> fx.Node:
+    """Append an input of ``sizes`` and ``dtype`` to the graph's, on the device of ``like``."""
+    after = [n for n in graph.nodes if n.op == "placeholder"][-1].next
+    with graph.inserting_before(after):
+        node = graph.placeholder(name)
+    model = fake(like)
+    with _fake_mode_of(model):
+        node.meta["example_value"] = torch.empty(sizes, dtype=dtype, device=model.device)
+    return node
 
 
 class _Value:

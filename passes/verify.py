@@ -73,7 +73,7 @@ def verify(gm: fx.GraphModule, before: GraphFacts, ctx: PassContext, result: Pas
             raise VerifierError(f"{stage}: {write} writes to {target}, which no site gave up")
     expected = before.outputs
     if stage == "finish_outputs":
-        expected += len(ctx.returned()) - len({d.output for d in ctx.dropped_keys if d.like_output is not None})
+        expected += len(ctx.returned()) - len(set(ctx.emptied()))
     if facts.outputs != expected:
         raise VerifierError(f"{stage}: the number of outputs changed")
     nodes = set(gm.graph.nodes)

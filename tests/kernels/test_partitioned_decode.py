@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from avl_fx.kernels.dispatch import implementation
-from avl_fx.kernels.partitioned_decode import IMPLEMENTATIONS, partitioned_decode_reference
+from avl_fx.kernels.partitioned_decode import IMPLEMENTATIONS, cpu, partitioned_decode_reference
+from avl_fx.kernels.partitioned_decode.aten import partitioned_decode_aten
 from avl_fx.kernels.partitioned_decode.capacity import with_spare_row
+from avl_fx.kernels.partitioned_decode.native import _function
 
 TOLERANCE = {
     torch.float64: 1e-6,  # the weights are float32
@@ -33,6 +35,17 @@ DENSE = [(0, LARGE)]
 LAYOUTS = ("heads outside", "heads inside")
 
 Rows = list[list[tuple[int, int]]]
+
+
+@pytest.fixture(params=["native", "aten"], autouse=True, scope="module")
+def cpu_implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """All tests run with the C++ kernel, and with what serves where there is no compiler."""
+    if request.param == "native" and _function() is None:
+        pytest.skip("no C++ compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "aten":
+            patch.setattr(cpu, "partitioned_decode_native", lambda *args: None)
+        yield request.param
 
 
 def segments(rows: Rows, most: int = 1) -> Tensor:
@@ -233,12 +246,12 @@ def test_scales(scale: float) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_range_is_the_call_of_the_stock_kernel(masked: bool) -> None:
-    """Bit for bit: dense attention costs what it costs without this operator."""
+    """Bit for bit with ATen: dense attention costs what it costs without this operator."""
     query, key, value = Case(4, 4, keys=300).tensors()
     mask = torch.randn(2, 1, 1, 300, generator=torch.Generator().manual_seed(3)) if masked else None
     stock = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
     split: Rows = [[(0, 100), (200, LARGE), (100, 100)], DENSE]
-    out, _ = IMPLEMENTATIONS["cpu"](query, key, value, None, None, mask, segments(split), asked(False), 0.3)
+    out, _ = partitioned_decode_aten(query, key, value, None, None, mask, segments(split), asked(False), 0.3)
     assert torch.equal(out, stock)
 
 

@@ -1,0 +1,95 @@
+"""Builds and loads the CPU kernels that are written in C++, once a machine.
+
+They are plain C functions without a header of torch's, so the compiler that Inductor needs on a CPU anyway builds one
+in seconds. The library is kept under `cache_folder`, by a name that says what it was made from. It is linked without an
+OpenMP runtime of its own: it finds torch's, and with it torch's threads.
+
+Where there is no compiler, `load` says why and the operators take their ATen implementation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+__all__ = ["cache_folder", "load"]
+
+log = logging.getLogger("avl_fx")
+
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall")
+DISABLED = "AVL_FX_NATIVE"
+"""Set this variable to 0 to do without; the ATen implementations then serve."""
+FOLDER = "AVL_FX_CACHE_DIR"
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept: ``$AVL_FX_CACHE_DIR``, else ``avl_fx`` in the user's cache folder."""
+    if os.environ.get(FOLDER):
+        return Path(os.environ[FOLDER])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avl_fx"
+
+
+@cache
+def load(source: Path) -> ctypes.CDLL | None:
+    """The library built from ``source``; ``None``, and one line in the log, where it cannot be built or loaded."""
+    if os.environ.get(DISABLED) == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(_built(source)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        log.warning(
+            "%s cannot be built, slower kernels serve instead: %s. Fix: install g++ (or name one in CXX), or set %s=0.",
+            source.name,
+            error,
+            DISABLED,
+        )
+        return None
+
+
+def _built(source: Path) -> Path:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise RuntimeError("no C++ compiler found")
+    version = _output([compiler, "--version"])
+    made_from = "\n".join([source.read_text(encoding="utf-8"), *FLAGS, version, _processor()])
+    name = f"{source.parent.name}_{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        folder = Path(tempfile.mkdtemp(prefix="avl_fx_"))
+    library = folder / name
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            compiled, linked = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
+            _output([compiler, *FLAGS, "-c", str(source), "-o", str(compiled)])
+            _output([compiler, "-shared", str(compiled), "-o", str(linked)])  # no -fopenmp: torch's runtime serves
+            linked.replace(library)  # at once: another process may look for it now
+    return library
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command[:1])} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def _processor() -> str:
+    """What ``-march=native`` may use: a cache folder can be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.lower().startswith(("flags", "features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"

@@ -1,0 +1,339 @@
+// CPU kernel of avl::partitioned_decode: split-KV flash decoding over key ranges. What the operator means is said in
+// schema.py; shapes and strides arrive in the order of `native.py`.
+//
+// One task is one key/value head and one split: an equal share of the keys that its batch row reads, however the ranges
+// lie. The query heads of a group go over a tile together, so each key and value is read once for all of them. Splits
+// are joined afterwards. Accumulation is in float32.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int64_t TILE = 64;
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+constexpr float LOWEST = -2e38f;  // a mask's lowest finite number: added to any logit it is all that is left
+
+struct Half { uint16_t bits; };
+struct BFloat { uint16_t bits; };
+
+inline float number(float x) { return x; }
+inline float number(double x) { return static_cast<float>(x); }
+inline float number(BFloat x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+inline float number(Half x) {
+  _Float16 value;
+  std::memcpy(&value, &x.bits, 2);
+  return static_cast<float>(value);
+}
+
+inline void put(float x, float* at) { *at = x; }
+inline void put(float x, Half* at) {
+  const _Float16 value = static_cast<_Float16>(x);
+  std::memcpy(&at->bits, &value, 2);
+}
+inline void put(float x, BFloat* at) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  // Round to nearest even; NaN stays NaN.
+  at->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// e^x for x <= 0 to about one unit in the last place; loops of it become vector code. NaN stays NaN, -inf gives 0.
+inline float exponential(float x) {
+  const float bounded = x < -87.0f ? -87.0f : x;
+  const float n = __builtin_rintf(bounded * 1.44269504f);
+  const float r = bounded - n * 0.693359375f - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+struct Call {
+  const void *query, *key, *value, *new_key, *new_value, *mask;
+  const int64_t* segments;
+  void* out;
+  float* weights;  // null: not wanted
+  int64_t batch, heads, kv_heads, keys, head_dim, value_dim, entries, mask_kind, threads;
+  int64_t query_batch, query_head, key_batch, key_head, key_row, value_batch, value_head, value_row;
+  int64_t new_key_batch, new_key_head, new_value_batch, new_value_head, mask_batch, mask_head, mask_key;
+  float scale;
+};
+
+// A row of keys or values as float32: in place, or converted into `scratch`.
+inline const float* row_of(const float* at, float*, int64_t) { return at; }
+template <typename T>
+inline const float* row_of(const T* at, float* scratch, int64_t dim) {
+  for (int64_t i = 0; i < dim; ++i) scratch[i] = number(at[i]);
+  return scratch;
+}
+
+template <int64_t DIM>
+inline float dot(const float* a, const float* b, int64_t dim) {
+  float sum = 0.0f;
+  const int64_t n = DIM ? DIM : dim;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// Four keys at a time keep enough sums under way.
+template <int64_t DIM>
+inline void dot4(const float* q, const float* const* k, int64_t dim, float* sums) {
+  float s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
+  const float *k0 = k[0], *k1 = k[1], *k2 = k[2], *k3 = k[3];
+  const int64_t n = DIM ? DIM : dim;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int64_t i = 0; i < n; ++i) {
+    s0 += q[i] * k0[i];
+    s1 += q[i] * k1[i];
+    s2 += q[i] * k2[i];
+    s3 += q[i] * k3[i];
+  }
+  sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
+}
+
+// out = out * factor + sum over keys of weight * row
+template <int64_t DIM>
+inline void accumulate(float* out, float factor, const float* weights, const float* const* rows, int64_t count,
+                       int64_t dim) {
+  if constexpr (DIM != 0) {
+    float sums[DIM];
+    for (int64_t i = 0; i < DIM; ++i) sums[i] = out[i] * factor;
+    for (int64_t t = 0; t < count; ++t) {
+      const float w = weights[t];
+      const float* row = rows[t];
+      for (int64_t i = 0; i < DIM; ++i) sums[i] += w * row[i];
+    }
+    for (int64_t i = 0; i < DIM; ++i) out[i] = sums[i];
+  } else {
+    for (int64_t i = 0; i < dim; ++i) out[i] *= factor;
+    for (int64_t t = 0; t < count; ++t) {
+      const float w = weights[t];
+      const float* row = rows[t];
+      for (int64_t i = 0; i < dim; ++i) out[i] += w * row[i];
+    }
+  }
+}
+
+struct Range { int64_t start, length; };
+
+// What the mask adds to a logit: -inf hides.
+inline float bias_of(const Call& c, int64_t at) {
+  float bias = 0.0f;
+  switch (c.mask_kind) {
+    case 1: return static_cast<const uint8_t*>(c.mask)[at] ? 0.0f : NOTHING;
+    case 2: bias = static_cast<const float*>(c.mask)[at]; break;
+    case 3: bias = number(static_cast<const Half*>(c.mask)[at]); break;
+    case 4: bias = number(static_cast<const BFloat*>(c.mask)[at]); break;
+    default: bias = number(static_cast<const double*>(c.mask)[at]); break;
+  }
+  return bias == NOTHING || bias > LOWEST || bias != bias ? bias : LOWEST;
+}
+
+// Results of one task: per query head of the group the largest logit, the sum of weights, and the weighted values.
+struct Part { float *most, *total, *out; };
+
+template <typename T, int64_t DIM>
+void attend(const Call& c, int64_t batch_row, int64_t kv_head, const std::vector<Range>& ranges, int64_t first,
+            int64_t end, Part part, float* logits_out, int64_t logits_stride, float* scratch) {
+  const int64_t group = c.heads / c.kv_heads;
+  const T* keys = static_cast<const T*>(c.key) + batch_row * c.key_batch + kv_head * c.key_head;
+  const T* values = static_cast<const T*>(c.value) + batch_row * c.value_batch + kv_head * c.value_head;
+  float* queries = scratch;
+  float* key_rows = queries + group * c.head_dim;
+  float* value_rows = key_rows + TILE * c.head_dim;
+  float* logits = value_rows + TILE * c.value_dim;
+  for (int64_t g = 0; g < group; ++g) {
+    const T* row = static_cast<const T*>(c.query) + batch_row * c.query_batch + (kv_head * group + g) * c.query_head;
+    for (int64_t i = 0; i < c.head_dim; ++i) queries[g * c.head_dim + i] = number(row[i]) * c.scale;
+    part.most[g] = NOTHING, part.total[g] = 0.0f;
+    std::fill_n(part.out + g * c.value_dim, c.value_dim, 0.0f);
+  }
+  const float* k[TILE];
+  const float* v[TILE];
+  int64_t number_of[TILE];  // place among the keys that the batch row reads
+  int64_t range = 0, before = 0;
+  while (range < static_cast<int64_t>(ranges.size()) && before + ranges[range].length <= first)
+    before += ranges[range++].length;
+  int64_t at = first;
+  while (at < end) {
+    int64_t count = 0;
+    while (at < end && count < TILE) {
+      while (at - before >= ranges[range].length) before += ranges[range++].length;
+      const int64_t position = ranges[range].start + at - before;
+      bool seen = c.mask_kind == 0;
+      if (c.mask_kind != 0) {
+        const int64_t base = batch_row * c.mask_batch + kv_head * group * c.mask_head + position * c.mask_key;
+        for (int64_t g = 0; g < group; ++g) {
+          const float bias = bias_of(c, base + g * c.mask_head);
+          logits[g * TILE + count] = bias;
+          seen |= bias != NOTHING;
+        }
+      }
+      if (seen) {
+        k[count] = row_of(keys + position * c.key_row, key_rows + count * c.head_dim, c.head_dim);
+        v[count] = row_of(values + position * c.value_row, value_rows + count * c.value_dim, c.value_dim);
+        number_of[count++] = at;
+      }
+      ++at;
+    }
+    for (int64_t g = 0; g < group; ++g) {
+      const float* q = queries + g * c.head_dim;
+      float* row = logits + g * TILE;
+      float sums[TILE];
+      int64_t t = 0;
+      for (; t + 4 <= count; t += 4) dot4<DIM>(q, k + t, c.head_dim, sums + t);
+      for (; t < count; ++t) sums[t] = dot<DIM>(q, k[t], c.head_dim);
+      if (c.mask_kind == 0) {
+        for (t = 0; t < count; ++t) row[t] = sums[t];
+      } else {
+        // What is hidden stays hidden, whatever the product with it is.
+        for (t = 0; t < count; ++t) row[t] = row[t] == NOTHING ? NOTHING : row[t] + sums[t];
+      }
+      if (logits_out)
+        for (t = 0; t < count; ++t) logits_out[g * logits_stride + number_of[t]] = row[t];
+      float most = part.most[g];
+#pragma omp simd reduction(max : most)
+      for (t = 0; t < count; ++t) most = row[t] > most ? row[t] : most;
+      const float base = most == NOTHING ? 0.0f : most;
+      const float factor = part.most[g] == NOTHING ? 0.0f : exponential(part.most[g] - base);
+      float total = 0.0f;
+      for (t = 0; t < count; ++t) row[t] = exponential(row[t] - base);
+#pragma omp simd reduction(+ : total)
+      for (t = 0; t < count; ++t) total += row[t];
+      part.total[g] = part.total[g] * factor + total;
+      part.most[g] = most;
+      accumulate<DIM>(part.out + g * c.value_dim, factor, row, v, count, c.value_dim);
+    }
+  }
+}
+
+template <typename T>
+void append(const void* cache, const void* rows, int64_t batch, int64_t heads, int64_t keys, int64_t dim,
+            int64_t cache_batch, int64_t cache_head, int64_t cache_row, int64_t rows_batch, int64_t rows_head) {
+  T* target = static_cast<T*>(const_cast<void*>(cache)) + keys * cache_row;
+  const T* source = static_cast<const T*>(rows);
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t h = 0; h < heads; ++h)
+      std::memcpy(target + b * cache_batch + h * cache_head, source + b * rows_batch + h * rows_head, dim * sizeof(T));
+}
+
+template <typename T>
+void run(Call c) {
+  if (c.new_key) {
+    append<T>(c.key, c.new_key, c.batch, c.kv_heads, c.keys, c.head_dim, c.key_batch, c.key_head, c.key_row,
+              c.new_key_batch, c.new_key_head);
+    append<T>(c.value, c.new_value, c.batch, c.kv_heads, c.keys, c.value_dim, c.value_batch, c.value_head, c.value_row,
+              c.new_value_batch, c.new_value_head);
+    ++c.keys;
+  }
+  const int64_t group = c.heads / c.kv_heads;
+  std::vector<std::vector<Range>> ranges(c.batch);
+  std::vector<int64_t> counts(c.batch, 0);
+  int64_t most_keys = 0, all_keys = 0;
+  for (int64_t b = 0; b < c.batch; ++b) {
+    for (int64_t s = 0; s < c.entries; ++s) {
+      const int64_t start = c.segments[(b * c.entries + s) * 2];
+      const int64_t length = std::min(c.segments[(b * c.entries + s) * 2 + 1], c.keys - start);
+      if (length > 0) ranges[b].push_back({start, length}), counts[b] += length;
+    }
+    std::sort(ranges[b].begin(), ranges[b].end(), [](const Range& x, const Range& y) { return x.start < y.start; });
+    most_keys = std::max(most_keys, counts[b]);
+    all_keys += counts[b];
+  }
+  // Enough splits that every thread has the same to do; none so short that joining costs more than it saves.
+  const int64_t pairs = c.batch * c.kv_heads;
+  const bool even = pairs % c.threads == 0 && all_keys == most_keys * c.batch;
+  const int64_t wanted = even || c.threads == 1 ? 1 : (4 * c.threads + pairs - 1) / pairs;
+  const int64_t splits = std::max<int64_t>(1, std::min(wanted, most_keys / 256));
+  const int64_t tasks = pairs * splits, stride = group * (c.value_dim + 2);
+  std::vector<float> parts(tasks * stride);
+  std::vector<float> logits(c.weights ? c.batch * c.heads * most_keys : 0, NOTHING);
+  auto part = [&](int64_t task) {
+    float* at = parts.data() + task * stride;
+    return Part{at, at + group, at + 2 * group};
+  };
+  // Threads cost some microseconds to wake.
+  const int64_t threads = all_keys * c.kv_heads * c.head_dim < 32768 ? 1 : std::min(c.threads, tasks);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> scratch(group * c.head_dim + TILE * (c.head_dim + c.value_dim + group));
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t pair = task / splits, split = task % splits, b = pair / c.kv_heads, h = pair % c.kv_heads;
+      const int64_t share = (counts[b] + splits - 1) / splits;
+      const int64_t first = std::min(split * share, counts[b]), end = std::min(first + share, counts[b]);
+      float* row = c.weights ? logits.data() + pair * group * most_keys : nullptr;
+      if (c.head_dim == 64 && c.value_dim == 64)
+        attend<T, 64>(c, b, h, ranges[b], first, end, part(task), row, most_keys, scratch.data());
+      else if (c.head_dim == 128 && c.value_dim == 128)
+        attend<T, 128>(c, b, h, ranges[b], first, end, part(task), row, most_keys, scratch.data());
+      else
+        attend<T, 0>(c, b, h, ranges[b], first, end, part(task), row, most_keys, scratch.data());
+    }
+#pragma omp for schedule(static)
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t b = pair / c.kv_heads, h = pair % c.kv_heads;
+      float* row = nullptr;
+      if (c.weights) {
+        row = c.weights + pair * c.keys;
+        std::fill_n(row, c.keys, 0.0f);
+      }
+      for (int64_t g = 0; g < group; ++g) {
+        float most = NOTHING, total = 0.0f;
+        for (int64_t s = 0; s < splits; ++s) most = std::max(most, part(pair * splits + s).most[g]);
+        const float base = most == NOTHING ? 0.0f : most;
+        std::vector<float> sums(c.value_dim, 0.0f);
+        for (int64_t s = 0; s < splits; ++s) {
+          const Part p = part(pair * splits + s);
+          const float factor = p.most[g] == NOTHING && p.total[g] == 0.0f ? 0.0f : exponential(p.most[g] - base);
+          const float weight = p.most[g] == NOTHING ? (p.total[g] == 0.0f ? 0.0f : 1.0f) : factor;
+          total += p.total[g] * weight;
+          for (int64_t i = 0; i < c.value_dim; ++i) sums[i] += p.out[g * c.value_dim + i] * weight;
+        }
+        const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+        T* out = static_cast<T*>(c.out) + (b * c.heads + h * group + g) * c.value_dim;
+        for (int64_t i = 0; i < c.value_dim; ++i) put(sums[i] * inverse, out + i);
+        if (!row) continue;
+        const float* own = logits.data() + (pair * group + g) * most_keys;
+        const float share = inverse / static_cast<float>(group);
+        int64_t at = 0;
+        for (const Range& range : ranges[b])
+          for (int64_t j = range.start; j < range.start + range.length; ++j) row[j] += exponential(own[at++] - base) * share;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// `dtype`: 0 float32, 1 float16, 2 bfloat16. `tensors`: data pointers; `sizes`: sizes and strides, in elements.
+extern "C" void avl_partitioned_decode(int64_t dtype, const void* const* tensors, const int64_t* sizes, float scale) {
+  Call c;
+  c.query = tensors[0], c.key = tensors[1], c.value = tensors[2], c.new_key = tensors[3], c.new_value = tensors[4];
+  c.mask = tensors[5], c.segments = static_cast<const int64_t*>(tensors[6]);
+  c.out = const_cast<void*>(tensors[7]), c.weights = static_cast<float*>(const_cast<void*>(tensors[9]));
+  if (*static_cast<const int32_t*>(tensors[8]) == 0) c.weights = nullptr;
+  std::memcpy(&c.batch, sizes, 24 * sizeof(int64_t));
+  c.scale = scale;
+  if (dtype == 0) run<float>(c);
+  else if (dtype == 1) run<Half>(c);
+  else run<BFloat>(c);
+}

@@ -1,0 +1,154 @@
+"""Stage 5: a decode step stores its row in the spare capacity of a growing cache instead of copying the cache.
+
+A DynamicCache grows by ``cat([past, new])``, which copies every key and value of every layer at every step: more bytes
+than attention itself reads. Here the graph of a prompt hands its keys and values to the runtime, which gives them a
+buffer with room behind their end (`avl_fx.growing`). A decode graph that finds such room lets
+`avl::partitioned_decode` store the row there and attend to it, and returns nothing: the runtime puts the longer view
+where the model expects it. Rows that somebody else can see are never written.
+
+Which form a graph has is decided when it is compiled, by the strides of the past rows, and guarded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from avl_fx.passes.context import GrowingTensor, PassContext
+from avl_fx.passes.drop_keys import output_positions
+from avl_fx.passes.nodes import METADATA_OPS, alias_root, aliases, fake, op, same_size, shape
+from avl_fx.passes.read_ranges import read_ranges, take_ranges
+from avl_fx.passes.rewrite import insert_call, remove_dead
+from avl_fx.passes.share_queries import decoder_sites
+from avl_fx.passes.site import PassResult, Site, Status
+
+__all__ = ["append_in_place"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DECODE = torch.ops.avl.partitioned_decode.default
+
+
+def append_in_place(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+    """Rewrite the decoder's sites that attend to ``cat([past, new])`` of one new row each; ask for room elsewhere."""
+    result = PassResult("append_in_place")
+    if not ctx.spare_rows:
+        return result
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    returned: list[Any] = list(output.args[0])
+    sites = [s for s in decoder_sites(ctx) if s.cache == "dynamic" and s.node is not None and _serves(s)]
+    if sites and sites[0].queries != 1:
+        ctx.reserve = sorted({p for s in sites for n in _keys_and_values(s) for p in _started(n, returned)})
+        return result
+    placeholders = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    while sites:
+        # What a site reads may only grow in place if everything that reads it can do without the copy.
+        attending = {_attention(s) for s in sites}
+        grows = [s for s in sites if all(_grows(n, placeholders, returned, attending) for n in _keys_and_values(s))]
+        if len(grows) == len(sites):
+            break
+        sites = grows
+    growing: dict[fx.Node, GrowingTensor] = {}
+    for site in sites:
+        roots = [alias_root(n) for n in _keys_and_values(site)]
+        for root in roots:
+            (position,) = output_positions(returned, root)
+            growing[root] = GrowingTensor(placeholders[root.args[0][0]], position)  # type: ignore[index]
+        if _attention(site).target is not _DECODE:
+            result.new_inputs += take_ranges(gm, ctx, site)
+            read_ranges(site, ctx)
+        _store_rows(site, *roots)
+        site.status = Status.REWRITTEN
+        result.count += 1
+    for grown in growing.values():
+        returned[grown.output] = None
+    output.args = (tuple(returned),)
+    ctx.growing = list(growing.values())
+    remove_dead(gm.graph, ctx.initially_unused, keep=ctx.keep())
+    return result
+
+
+def _attention(site: Site) -> fx.Node:
+    """The node that reads keys and values: canonical, or `avl::partitioned_decode`, of which the site takes a part."""
+    node = site.node
+    assert node is not None
+    return node.args[0] if op(node) == "getitem" else node  # type: ignore[return-value]
+
+
+def _keys_and_values(site: Site) -> list[fx.Node]:
+    return list(_attention(site).args[1:3])  # type: ignore[arg-type]
+
+
+def _serves(site: Site) -> bool:
+    """Whether `avl::partitioned_decode` means the same as this site's attention, or already is it."""
+    node = _attention(site)
+    query = fake(node.args[0])
+    if query.requires_grad or query.dtype not in _DTYPES or site.kind != "full":
+        return False
+    if node.target is _DECODE or site.queries != 1:
+        return True
+    _, _, _, mask, scale, is_causal, _ = node.args
+    # Fused kernels of a GPU attend to a short cache faster than a rewrite that has never been timed there.
+    short = mask is None or len(shape(mask) or ()) <= 4
+    return query.device.type == "cpu" and not is_causal and isinstance(scale, float) and short
+
+
+def _started(node: fx.Node, returned: Sequence[Any]) -> list[int]:
+    """Where the graph returns a cache tensor that later steps will append to."""
+    root = alias_root(node)
+    positions = output_positions(returned, root)
+    return positions if op(root) == "cat" and len(positions) == 1 and returned[positions[0]] is root else []
+
+
+def _grows(node: fx.Node, placeholders: dict[fx.Node, int], returned: Sequence[Any], attending: set[fx.Node]) -> bool:
+    """Whether ``node`` is ``cat([past, new])`` of one row, kept by the caller and read by ``attending`` alone."""
+    root = alias_root(node)
+    if op(root) != "cat" or not isinstance(root.args[0], tuple | list) or len(root.args[0]) != 2:
+        return False
+    past, new = root.args[0]
+    if not isinstance(past, fx.Node) or not isinstance(new, fx.Node) or past not in placeholders:
+        return False
+    if not _has_room(fake(past)):
+        return False
+    old, added, sizes = shape(past), shape(new), shape(node)
+    if old is None or added is None or sizes is None or len(old) != 4 or len(added) != 4 or added[2] != 1:
+        return False
+    if not same_size(sizes[2], (shape(root) or ())[2]) or fake(new).dtype != fake(past).dtype:
+        return False
+    if fake(past).requires_grad or fake(new).requires_grad:
+        return False
+    positions = output_positions(returned, root)
+    if len(positions) != 1 or returned[positions[0]] is not root:
+        return False
+    known = aliases(root)
+    readers = {user for alias in known for user in alias.users if user not in known and user.op != "output"}
+    return readers <= attending and all(user is root or op(user) in METADATA_OPS for user in past.users)
+
+
+def _has_room(past: torch.Tensor) -> bool:
+    """Whether the strides of ``past`` are those of a buffer with room behind the last row of each head.
+
+    Where sizes are symbolic, a yes is a guard: a cache without room is captured anew, and copied as the model asks.
+    """
+    batch_stride, head_stride, row_stride, _ = past.stride()
+    _, heads, keys, dim = past.shape
+    sizes = (batch_stride, head_stride, row_stride, keys)
+    if any(isinstance(n, torch.SymInt) and not n.node.has_hint() for n in sizes) or past.stride()[3] != 1:
+        return False
+    hints = [int(n.node.hint) if isinstance(n, torch.SymInt) else n for n in (head_stride, keys)]
+    if hints[0] < (hints[1] + 1) * dim:
+        return False
+    whole_rows = row_stride == dim and head_stride % dim == 0 and batch_stride == heads * head_stride
+    return bool(whole_rows and head_stride >= (keys + 1) * dim)
+
+
+def _store_rows(site: Site, key: fx.Node, value: fx.Node) -> None:
+    """Let the attention of ``site`` take past and new rows apart."""
+    old = _attention(site)
+    query, _, _, _, _, *rest = old.args
+    (past_key, new_key), (past_value, new_value) = cast(Any, key.args[0]), cast(Any, value.args[0])
+    both = insert_call(old, _DECODE, query, past_key, past_value, new_key, new_value, *rest)
+    old.replace_all_uses_with(both)
+    old.graph.erase_node(old)
