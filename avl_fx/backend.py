@@ -115,7 +115,7 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
         returns_visual=ctx.visual is not None and ctx.visual.node is not None,
         record=record,
         emptied=ctx.emptied(),
-        growing=GrowingCache(ctx.growing, ctx.reserve) if ctx.growing or ctx.reserve else None,
+        growing=GrowingCache(ctx.growing, ctx.reserve, ctx.adopt) if ctx.growing or ctx.reserve or ctx.adopt else None,
         partition=partition,
         takes_ranges=ctx.ranges is not None,
     )
@@ -196,7 +196,7 @@ def _cached_inputs(attention: fx.Node) -> list[fx.Node]:
 
 def _linears(gm: fx.GraphModule) -> tuple[int, int]:
     """Matmuls with a weight: their number, and their FLOPs at the sizes that the graph was captured with."""
-    nodes = [n for n in gm.graph.nodes if op(n) == "linear"]
+    nodes = [n for n in gm.graph.nodes if op(n) in ("linear", "narrow_linear")]
     return len(nodes), sum(map(_linear_flops, nodes))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,8 @@ SPARE_ROWS = 256
 """Room for so many tokens at least, or for an eighth of those that are there; then a larger buffer is made."""
 
 _ATTRIBUTE = "_avl_buffer"
+_RETURNED = "_avl_returned"
+"""On tensors that a decode graph made longer by copying them."""
 _lock = threading.Lock()
 
 
@@ -82,10 +84,12 @@ def _view(buffer: Tensor, keys: int, owner: _Buffer) -> Tensor:
 class GrowingCache:
     """Serves the calls of one graph: hands out room before, makes views longer after."""
 
-    tensors: Sequence[GrowingTensor]
+    tensors: Sequence[GrowingTensor] = ()
     """A decode graph's: stored into during the call."""
-    reserve: Sequence[int] = field(default=())
+    reserve: Sequence[int] = ()
     """A prompt's: outputs that get spare rows."""
+    adopt: Sequence[GrowingTensor] = ()
+    """A decode graph's that copies: outputs that get room if their input came back as such a graph returned it."""
 
     def before(self, args: Sequence[Any]) -> list[Any]:
         """The graph's inputs, with room behind those that grow; of the same sizes and strides."""
@@ -102,3 +106,8 @@ class GrowingCache:
             rows = outputs[position]
             if isinstance(rows, Tensor) and not rows.requires_grad and rows.dim() == 4:
                 outputs[position] = reserve(rows)
+        for tensor in self.adopt:
+            if getattr(args[tensor.before], _RETURNED, False):
+                outputs[tensor.output] = reserve(outputs[tensor.output])
+            else:
+                setattr(outputs[tensor.output], _RETURNED, True)

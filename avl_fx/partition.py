@@ -19,6 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from avl_fx.kernels.partition.native import reselect_native
 from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
 from avl_fx.policies import VisionPolicy
 
@@ -131,6 +132,11 @@ class Partition:
         width = int(self.secondary.max())
         if width == 0:
             return None
+        if weights.device.type == "cpu":
+            room = 2 * int(torch.minimum(self.core, self.secondary - self.core).max())
+            moved = reselect_native(weights, self.slots, self.tokens[layer], self.core, self.secondary, room)
+            if moved is not None:
+                return moved if moved[0].shape[2] else None
         slots, tokens = self.slots[:, :width], self.tokens[layer][..., :width]
         index = torch.arange(width, device=slots.device)
         scores = self._of_slots(weights, slots)

@@ -28,6 +28,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-e
 DISABLED = "AVL_FX_NATIVE"
 """Set this variable to 0 to do without; the ATen implementations then serve."""
 FOLDER = "AVL_FX_CACHE_DIR"
+HEADER = Path(__file__).with_name("vectors.h")
 
 
 def cache_folder() -> Path:
@@ -59,7 +60,7 @@ def _built(source: Path) -> Path:
     if compiler is None:
         raise RuntimeError("no C++ compiler found")
     version = _output([compiler, "--version"])
-    made_from = "\n".join([source.read_text(encoding="utf-8"), *FLAGS, version, _processor()])
+    made_from = "\n".join([source.read_text("utf-8"), HEADER.read_text("utf-8"), *FLAGS, version, _processor()])
     name = f"{source.parent.name}_{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
         folder = cache_folder()
@@ -73,7 +74,7 @@ def _built(source: Path) -> Path:
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             compiled, linked = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
-            _output([compiler, *FLAGS, "-c", str(source), "-o", str(compiled)])
+            _output([compiler, *FLAGS, f"-I{HEADER.parent}", "-c", str(source), "-o", str(compiled)])
             _output([compiler, "-shared", str(compiled), "-o", str(linked)])  # no -fopenmp: torch's runtime serves
             linked.replace(library)  # at once: another process may look for it now
     return library

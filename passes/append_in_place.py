@@ -6,6 +6,9 @@ buffer with room behind their end (`avl_fx.growing`). A decode graph that finds 
 `avl::partitioned_decode` store the row there and attend to it, and returns nothing: the runtime puts the longer view
 where the model expects it. Rows that somebody else can see are never written.
 
+A cache that was made elsewhere has no room at first. When it comes back as a decode graph returned it (beams do not:
+they are reordered in between), the runtime gives it some.
+
 Which form a graph has is decided when it is compiled, by the strides of the past rows, and guarded.
 """
 
@@ -50,22 +53,22 @@ def append_in_place(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         if len(grows) == len(sites):
             break
         sites = grows
-    growing: dict[fx.Node, GrowingTensor] = {}
+    roots = dict.fromkeys(alias_root(n) for s in sites for n in _keys_and_values(s))
+    if not all(_has_room(fake(root.args[0][0])) for root in roots):  # type: ignore[index]
+        ctx.adopt = [_tensor(root, placeholders, returned) for root in roots]
+        return result
+    ctx.growing = [_tensor(root, placeholders, returned) for root in roots]
     for site in sites:
-        roots = [alias_root(n) for n in _keys_and_values(site)]
-        for root in roots:
-            (position,) = output_positions(returned, root)
-            growing[root] = GrowingTensor(placeholders[root.args[0][0]], position)  # type: ignore[index]
+        key, value = map(alias_root, _keys_and_values(site))
         if _attention(site).target is not _DECODE:
             result.new_inputs += take_ranges(gm, ctx, site)
             read_ranges(site, ctx)
-        _store_rows(site, *roots)
+        _store_rows(site, key, value)
         site.status = Status.REWRITTEN
         result.count += 1
-    for grown in growing.values():
+    for grown in ctx.growing:
         returned[grown.output] = None
     output.args = (tuple(returned),)
-    ctx.growing = list(growing.values())
     remove_dead(gm.graph, ctx.initially_unused, keep=ctx.keep())
     return result
 
@@ -110,8 +113,6 @@ def _grows(node: fx.Node, placeholders: dict[fx.Node, int], returned: Sequence[A
     past, new = root.args[0]
     if not isinstance(past, fx.Node) or not isinstance(new, fx.Node) or past not in placeholders:
         return False
-    if not _has_room(fake(past)):
-        return False
     old, added, sizes = shape(past), shape(new), shape(node)
     if old is None or added is None or sizes is None or len(old) != 4 or len(added) != 4 or added[2] != 1:
         return False
@@ -125,6 +126,11 @@ def _grows(node: fx.Node, placeholders: dict[fx.Node, int], returned: Sequence[A
     known = aliases(root)
     readers = {user for alias in known for user in alias.users if user not in known and user.op != "output"}
     return readers <= attending and all(user is root or op(user) in METADATA_OPS for user in past.users)
+
+
+def _tensor(root: fx.Node, placeholders: dict[fx.Node, int], returned: Sequence[Any]) -> GrowingTensor:
+    (position,) = output_positions(returned, root)
+    return GrowingTensor(placeholders[root.args[0][0]], position)  # type: ignore[index]
 
 
 def _has_room(past: torch.Tensor) -> bool:

@@ -141,6 +141,8 @@ class PassContext:
     growing: list[GrowingTensor] = field(default_factory=list)
     reserve: list[int] = field(default_factory=list)
     """Output positions of cache tensors that a prompt starts: the runtime gives them spare capacity."""
+    adopt: list[GrowingTensor] = field(default_factory=list)
+    """Caches that this decode graph copies for want of room."""
     initially_unused: frozenset[fx.Node] = frozenset()
 
     def emptied(self) -> list[int]:

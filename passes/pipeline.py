@@ -13,6 +13,7 @@ from avl_fx.passes.find_attention import find_attention
 from avl_fx.passes.finish_outputs import finish_outputs
 from avl_fx.passes.locate_modalities import locate_modalities
 from avl_fx.passes.lower import lower
+from avl_fx.passes.narrow_linears import narrow_linears
 from avl_fx.passes.partition_modalities import partition_modalities
 from avl_fx.passes.share_queries import share_queries
 from avl_fx.passes.site import PassResult
@@ -29,6 +30,7 @@ STAGES: tuple[Pass, ...] = (
     partition_modalities,  # decode reads text and core; the rest of the visual keys is skipped
     append_in_place,  # a growing cache is not copied at each step
     lower,  # canonical nodes -> operators Inductor knows
+    narrow_linears,  # linear layers on a few rows read their weight once
     finish_outputs,  # outputs as the runtime expects them
 )
 """All stages, in the order they run. A new pass is one new file and one line here."""

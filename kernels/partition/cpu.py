@@ -1,10 +1,18 @@
-"""CPU implementation of `avl::partition_`: the rows that change are gathered, then scattered; no other is touched."""
+"""CPU implementation of `avl::partition_`: the C++ kernel, or ATen where it cannot be built."""
 
 from torch import Tensor
+
+from avl_fx.kernels.partition.native import partition_native
 
 
 def partition_cpu(key: Tensor | None, value: Tensor | None, source: Tensor, slots: Tensor) -> None:
     """`avl::partition_` on CPU; see the schema for shapes. Here ``slots`` has three dimensions."""
+    if not partition_native(key, value, source, slots):
+        partition_aten(key, value, source, slots)
+
+
+def partition_aten(key: Tensor | None, value: Tensor | None, source: Tensor, slots: Tensor) -> None:
+    """The rows that change are gathered, then scattered; no other is touched."""
     for cache in (key, value):
         if cache is None:
             continue

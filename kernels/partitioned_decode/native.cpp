@@ -12,6 +12,8 @@
 #include <limits>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
 
 constexpr int64_t TILE = 64;
@@ -47,23 +49,32 @@ inline void put(float x, BFloat* at) {
   at->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// e^x for x <= 0 to about one unit in the last place; loops of it become vector code. NaN stays NaN, -inf gives 0.
-inline float exponential(float x) {
-  const float bounded = x < -87.0f ? -87.0f : x;
-  const float n = __builtin_rintf(bounded * 1.44269504f);
-  const float r = bounded - n * 0.693359375f - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+typedef int32_t Ints __attribute__((vector_size(32)));
+
+inline Quad sums(Floats a, Floats b, Floats c, Floats d) {
+  const Quad qa = folded(a), qb = folded(b), qc = folded(c), qd = folded(d);
+  const Quad ab = __builtin_shufflevector(qa, qb, 0, 4, 1, 5) + __builtin_shufflevector(qa, qb, 2, 6, 3, 7);
+  const Quad cd = __builtin_shufflevector(qc, qd, 0, 4, 1, 5) + __builtin_shufflevector(qc, qd, 2, 6, 3, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+// e^x for x <= 0 to about one unit in the last place. NaN stays NaN; below -87, and at -inf, it is 0.
+inline Floats exponential(Floats x) {
+  const Ints low = x < all(-87.0f);
+  const Floats bounded = low ? all(-87.0f) : x;
+  const Floats shifted = bounded * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+  const Floats n = shifted - 12582912.0f;
+  const Floats r = bounded - n * 0.693359375f - n * -2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return x < -87.0f ? 0.0f : p * power;
+  const Ints bits = (reinterpret_cast<const Ints&>(shifted) - 0x4b400000 + 127) << 23;
+  return low ? all(0.0f) : p * reinterpret_cast<const Floats&>(bits);
 }
+inline float exponential(float x) { return exponential(all(x))[0]; }
 
 struct Call {
   const void *query, *key, *value, *new_key, *new_value, *mask;
@@ -84,51 +95,59 @@ inline const float* row_of(const T* at, float* scratch, int64_t dim) {
   return scratch;
 }
 
+// Products of one query with `count` keys. Four keys at a time keep enough sums under way. DIM 0: any number.
 template <int64_t DIM>
-inline float dot(const float* a, const float* b, int64_t dim) {
-  float sum = 0.0f;
-  const int64_t n = DIM ? DIM : dim;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
-
-// Four keys at a time keep enough sums under way.
-template <int64_t DIM>
-inline void dot4(const float* q, const float* const* k, int64_t dim, float* sums) {
-  float s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
-  const float *k0 = k[0], *k1 = k[1], *k2 = k[2], *k3 = k[3];
-  const int64_t n = DIM ? DIM : dim;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t i = 0; i < n; ++i) {
-    s0 += q[i] * k0[i];
-    s1 += q[i] * k1[i];
-    s2 += q[i] * k2[i];
-    s3 += q[i] * k3[i];
+inline void products(const float* q, const float* const* keys, int64_t count, int64_t dim, float* out) {
+  const int64_t n = DIM ? DIM : dim, whole = n / WIDTH * WIDTH;
+  int64_t t = 0;
+  for (; t + 4 <= count; t += 4) {
+    const float *k0 = keys[t], *k1 = keys[t + 1], *k2 = keys[t + 2], *k3 = keys[t + 3];
+    Floats s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    for (int64_t i = 0; i < whole; i += WIDTH) {
+      const Floats x = load(q + i);
+      s0 += x * load(k0 + i);
+      s1 += x * load(k1 + i);
+      s2 += x * load(k2 + i);
+      s3 += x * load(k3 + i);
+    }
+    Quad four = sums(s0, s1, s2, s3);
+    for (int64_t i = whole; i < n; ++i) four += q[i] * Quad{k0[i], k1[i], k2[i], k3[i]};
+    std::memcpy(out + t, &four, sizeof(four));
   }
-  sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
+  for (; t < count; ++t) {
+    Floats one = {};
+    for (int64_t i = 0; i < whole; i += WIDTH) one += load(q + i) * load(keys[t] + i);
+    out[t] = sum(one);
+    for (int64_t i = whole; i < n; ++i) out[t] += q[i] * keys[t][i];
+  }
 }
 
-// out = out * factor + sum over keys of weight * row
-template <int64_t DIM>
+// `CHUNKS` vectors of out = out * factor + sum over keys of weight * row, held in registers meanwhile.
+template <int64_t CHUNKS>
+inline void accumulate_chunks(float* out, float factor, const float* weights, const float* const* rows, int64_t count,
+                              int64_t at) {
+  Floats kept[CHUNKS];
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < CHUNKS; ++i) kept[i] = load(out + at + i * WIDTH) * factor;
+  for (int64_t t = 0; t < count; ++t) {
+    const Floats w = all(weights[t]);
+    const float* row = rows[t] + at;
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < CHUNKS; ++i) kept[i] += w * load(row + i * WIDTH);
+  }
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < CHUNKS; ++i) store(kept[i], out + at + i * WIDTH);
+}
+
 inline void accumulate(float* out, float factor, const float* weights, const float* const* rows, int64_t count,
                        int64_t dim) {
-  if constexpr (DIM != 0) {
-    float sums[DIM];
-    for (int64_t i = 0; i < DIM; ++i) sums[i] = out[i] * factor;
-    for (int64_t t = 0; t < count; ++t) {
-      const float w = weights[t];
-      const float* row = rows[t];
-      for (int64_t i = 0; i < DIM; ++i) sums[i] += w * row[i];
-    }
-    for (int64_t i = 0; i < DIM; ++i) out[i] = sums[i];
-  } else {
-    for (int64_t i = 0; i < dim; ++i) out[i] *= factor;
-    for (int64_t t = 0; t < count; ++t) {
-      const float w = weights[t];
-      const float* row = rows[t];
-      for (int64_t i = 0; i < dim; ++i) out[i] += w * row[i];
-    }
+  int64_t at = 0;
+  for (; at + 8 * WIDTH <= dim; at += 8 * WIDTH) accumulate_chunks<8>(out, factor, weights, rows, count, at);
+  for (; at + WIDTH <= dim; at += WIDTH) accumulate_chunks<1>(out, factor, weights, rows, count, at);
+  for (; at < dim; ++at) {
+    float kept = out[at] * factor;
+    for (int64_t t = 0; t < count; ++t) kept += weights[t] * rows[t][at];
+    out[at] = kept;
   }
 }
 
@@ -194,33 +213,35 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const std::vector
       }
       ++at;
     }
+    const int64_t padded = (count + WIDTH - 1) / WIDTH * WIDTH;
     for (int64_t g = 0; g < group; ++g) {
-      const float* q = queries + g * c.head_dim;
       float* row = logits + g * TILE;
-      float sums[TILE];
-      int64_t t = 0;
-      for (; t + 4 <= count; t += 4) dot4<DIM>(q, k + t, c.head_dim, sums + t);
-      for (; t < count; ++t) sums[t] = dot<DIM>(q, k[t], c.head_dim);
+      float dots[TILE];
+      products<DIM>(queries + g * c.head_dim, k, count, c.head_dim, dots);
       if (c.mask_kind == 0) {
-        for (t = 0; t < count; ++t) row[t] = sums[t];
+        std::copy_n(dots, count, row);
       } else {
         // What is hidden stays hidden, whatever the product with it is.
-        for (t = 0; t < count; ++t) row[t] = row[t] == NOTHING ? NOTHING : row[t] + sums[t];
+        for (int64_t t = 0; t < count; ++t) row[t] = row[t] == NOTHING ? NOTHING : row[t] + dots[t];
       }
+      std::fill(row + count, row + padded, NOTHING);
       if (logits_out)
-        for (t = 0; t < count; ++t) logits_out[g * logits_stride + number_of[t]] = row[t];
-      float most = part.most[g];
-#pragma omp simd reduction(max : most)
-      for (t = 0; t < count; ++t) most = row[t] > most ? row[t] : most;
+        for (int64_t t = 0; t < count; ++t) logits_out[g * logits_stride + number_of[t]] = row[t];
+      Floats largest = all(part.most[g]);
+      for (int64_t t = 0; t < padded; t += WIDTH) largest = load(row + t) > largest ? load(row + t) : largest;
+      float most = largest[0];
+      for (int64_t i = 1; i < WIDTH; ++i) most = largest[i] > most ? largest[i] : most;
       const float base = most == NOTHING ? 0.0f : most;
       const float factor = part.most[g] == NOTHING ? 0.0f : exponential(part.most[g] - base);
-      float total = 0.0f;
-      for (t = 0; t < count; ++t) row[t] = exponential(row[t] - base);
-#pragma omp simd reduction(+ : total)
-      for (t = 0; t < count; ++t) total += row[t];
-      part.total[g] = part.total[g] * factor + total;
+      Floats total = {};
+      for (int64_t t = 0; t < padded; t += WIDTH) {
+        const Floats weight = exponential(load(row + t) - base);
+        total += weight;
+        store(weight, row + t);
+      }
+      part.total[g] = part.total[g] * factor + sum(total);
       part.most[g] = most;
-      accumulate<DIM>(part.out + g * c.value_dim, factor, row, v, count, c.value_dim);
+      accumulate(part.out + g * c.value_dim, factor, row, v, count, c.value_dim);
     }
   }
 }
@@ -281,9 +302,9 @@ void run(Call c) {
       const int64_t share = (counts[b] + splits - 1) / splits;
       const int64_t first = std::min(split * share, counts[b]), end = std::min(first + share, counts[b]);
       float* row = c.weights ? logits.data() + pair * group * most_keys : nullptr;
-      if (c.head_dim == 64 && c.value_dim == 64)
+      if (c.head_dim == 64)
         attend<T, 64>(c, b, h, ranges[b], first, end, part(task), row, most_keys, scratch.data());
-      else if (c.head_dim == 128 && c.value_dim == 128)
+      else if (c.head_dim == 128)
         attend<T, 128>(c, b, h, ranges[b], first, end, part(task), row, most_keys, scratch.data());
       else
         attend<T, 0>(c, b, h, ranges[b], first, end, part(task), row, most_keys, scratch.data());
@@ -300,17 +321,17 @@ void run(Call c) {
         float most = NOTHING, total = 0.0f;
         for (int64_t s = 0; s < splits; ++s) most = std::max(most, part(pair * splits + s).most[g]);
         const float base = most == NOTHING ? 0.0f : most;
-        std::vector<float> sums(c.value_dim, 0.0f);
+        std::fill_n(scratch.data(), c.value_dim, 0.0f);
         for (int64_t s = 0; s < splits; ++s) {
           const Part p = part(pair * splits + s);
           const float factor = p.most[g] == NOTHING && p.total[g] == 0.0f ? 0.0f : exponential(p.most[g] - base);
           const float weight = p.most[g] == NOTHING ? (p.total[g] == 0.0f ? 0.0f : 1.0f) : factor;
           total += p.total[g] * weight;
-          for (int64_t i = 0; i < c.value_dim; ++i) sums[i] += p.out[g * c.value_dim + i] * weight;
+          for (int64_t i = 0; i < c.value_dim; ++i) scratch[i] += p.out[g * c.value_dim + i] * weight;
         }
         const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
         T* out = static_cast<T*>(c.out) + (b * c.heads + h * group + g) * c.value_dim;
-        for (int64_t i = 0; i < c.value_dim; ++i) put(sums[i] * inverse, out + i);
+        for (int64_t i = 0; i < c.value_dim; ++i) put(scratch[i] * inverse, out + i);
         if (!row) continue;
         const float* own = logits.data() + (pair * group + g) * most_keys;
         const float share = inverse / static_cast<float>(group);

@@ -142,6 +142,20 @@ def test_generate_gives_the_same_tokens(how):
     assert bool(appends(recorder)) == ("num_beams" not in how)
 
 
+def test_a_cache_from_elsewhere_gets_room_once_it_comes_back(claims):
+    zoo = ZOO["llava"]
+    model = zoo.make()
+    inputs = zoo.inputs(model, batch=2)
+    expected = prompted(model, inputs)
+    cache = copy.deepcopy(expected)
+    plain = [step(model, inputs, expected, token) for token in range(20, 26)]
+    with through("torch.compile", model, compiler="eager") as recorder:
+        answers = [step(model, inputs, cache, token) for token in range(20, 26)]
+    assert largest(answers, plain) <= FLOAT32_TOLERANCE
+    assert appends(recorder) == [4]
+    assert claims == {"stored": 2 * 4 * 4, "copied": 0}  # all steps but the first two
+
+
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_a_cache_without_room_meets_a_graph_of_its_own(compiler):
     zoo = ZOO["llava"]

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from avl_fx.kernels.partition import IMPLEMENTATIONS, partition_reference
+from avl_fx.kernels.partition.cpu import partition_aten
 
-MOVERS = {"reference": partition_reference, "cpu": IMPLEMENTATIONS["cpu"]}
+MOVERS = {"reference": partition_reference, "cpu": IMPLEMENTATIONS["cpu"], "aten": partition_aten}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
 LAYOUTS = ("heads outside", "heads inside", "part of a buffer")
 

@@ -1,0 +1,201 @@
+"""Whole decode steps on a CPU: eager, PyTorch's own Inductor, and avl, on one model in one run.
+
+A Llama-like decoder of 8 layers, hidden 768, 12 heads (MHA, or 4 key/value heads) over a cache of 576, 2,880 or 11,520
+visual tokens between two pieces of text. The cache is filled at random: what a step costs does not depend on what is in
+it. Every contender steps through its own cache, one contender after the other, in two rounds. *Partitioned* is
+`Plan.avl(core=0.3, secondary=0.5, refresh=3, text=None)`; its figures are of all steps, refreshes included.
+
+The bound is the time to read what the plan must read once (all weights of the decoder and the output head, and the key
+and value rows of the average step), by the faster of a large copy and a large sum in the same run.
+
+A ratio is printed only if, in that run, the identity plan's logits equal the eager ones, and the partitioned steps
+equal the masks-only oracle of the tests.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+import avl_fx
+from avl_fx import Plan
+from benchmarks._models import llava
+from benchmarks._report import console, save, summary
+from tests.oracle.avl import avl_oracle
+
+TOLERANCE = 1e-3
+KV_HEADS = {12: "MHA 12/12", 4: "GQA 12/4"}
+VISUAL = (576, 2880, 11520)
+BATCHES = (1, 4, 8)
+TEXT, HEAD_DIM, LAYERS = 32, 64, 8
+PLAN = Plan.avl(core=0.3, secondary=0.5, refresh=3, text=None)
+WARM_UP, ROUNDS = 5, 2
+
+Contenders = dict[str, tuple[str, Callable[..., Any]]]
+"""Name -> kind of cache, and what stands for the model's forward."""
+
+
+def contenders(model: Any) -> Contenders:
+    """Everything that takes part; nothing is compiled yet."""
+    torch._dynamo.config.recompile_limit = 64  # they all share one code object
+
+    def avl(plan: Plan) -> Callable[..., Any]:
+        return torch.compile(model.forward, backend="avl", options={"plan": plan, "strict": True})
+
+    inductor, identity, partitioned = torch.compile(model.forward), avl(Plan.identity()), avl(PLAN)
+    return {
+        "eager, dynamic": ("dynamic", model.forward),
+        "eager, static": ("static", model.forward),
+        "Inductor, dynamic": ("dynamic", inductor),
+        "Inductor, static": ("static", inductor),
+        "identity, dynamic": ("dynamic", identity),
+        "identity, static": ("static", identity),
+        "partitioned, dynamic": ("dynamic", partitioned),
+        "partitioned, static": ("static", partitioned),
+    }
+
+
+def filled(model: Any, kind: str, batch: int, visual: int, steps: int) -> Any:
+    """A cache of a prompt of ``visual`` image tokens between two halves of `TEXT`."""
+    text, length = model.config.get_text_config(), visual + TEXT
+    cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=length + steps)
+    generator = torch.Generator().manual_seed(1)
+    for layer in range(LAYERS):
+        shape = (batch, text.num_key_value_heads, length, HEAD_DIM)
+        cache.update(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator), layer)
+    return cache
+
+
+def visual_positions(batch: int, visual: int) -> Tensor:
+    """bool ``[batch, prompt]``"""
+    flags = torch.zeros(batch, visual + TEXT, dtype=torch.bool)
+    flags[:, TEXT // 2 : TEXT // 2 + visual] = True
+    return flags
+
+
+def decode(
+    model: Any, contender: tuple[str, Callable[..., Any]], batch: int, visual: int, steps: int
+) -> Iterator[tuple[float, Tensor]]:
+    """Seconds and logits of each of ``steps`` steps."""
+    kind, forward = contender
+    cache = filled(model, kind, batch, visual, steps)
+    length = visual + TEXT
+    with torch.no_grad(), avl_fx.modality_ids(visual_positions(batch, visual)):
+        for step in range(steps):
+            token = torch.full((batch, 1), 10 + step)
+            mask = torch.ones(batch, length + step + 1, dtype=torch.long)
+            start = time.perf_counter()
+            logits = forward(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+            yield time.perf_counter() - start, logits
+
+
+def bandwidth() -> float:
+    """Bytes a second: the faster of a large copy and a large sum."""
+    source = torch.ones(64 << 20)
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        copied = time.perf_counter()
+        source.sum()
+        summed = time.perf_counter()
+        best = max(best, 2 * source.nbytes / (copied - start), source.nbytes / (summed - copied))
+    return best
+
+
+def read_bytes(model: Any, batch: int, visual: int, share: float) -> float:
+    """What one step has to read: weights, and ``share`` of the visual key and value rows."""
+    weights = sum(p.nbytes for n, p in model.named_parameters() if "vision" not in n and "embed_tokens" not in n)
+    heads = model.config.get_text_config().num_key_value_heads
+    return weights + 2 * LAYERS * batch * heads * HEAD_DIM * 4 * (TEXT + share * visual)
+
+
+def measure(model: Any, everyone: Contenders, batch: int, visual: int, steps: int) -> dict[str, Any]:
+    """One cell of the grid."""
+    seconds: dict[str, list[float]] = {name: [] for name in everyone}
+    logits: dict[str, list[Tensor]] = {}
+    for _ in range(ROUNDS):
+        for name, contender in everyone.items():
+            run = list(decode(model, contender, batch, visual, WARM_UP + steps))
+            seconds[name] += [took for took, _ in run[WARM_UP:]]
+            logits[name] = [out for _, out in run]
+            del run
+            gc.collect()
+    with avl_oracle(
+        model,
+        visual_positions(batch, visual),
+        core=0.3,
+        secondary=0.5,
+        refresh=3,
+        text=1.0,
+        decoder_prefix="model.language_model.layers",
+    ):
+        oracle = [out for _, out in decode(model, ("dynamic", model.forward), batch, visual, WARM_UP + 2)]
+
+    def worst(name: str, wanted: list[Tensor]) -> float:
+        return max((a - b).abs().max().item() for a, b in zip(logits[name], wanted, strict=False))
+
+    dense = logits["eager, dynamic"]
+    differences = {n: worst(n, oracle if n.startswith("partitioned") else dense) for n in everyone if "eager" not in n}
+    exact = max(differences.values()) <= TOLERANCE
+    row: dict[str, Any] = {"batch": batch, "visual": visual, "exact": exact, "differences": differences}
+    row |= {name: summary(times) for name, times in seconds.items()}
+    if exact:
+        speed, baseline = bandwidth(), min((row[n]["median_ms"], n) for n in list(everyone)[:4])
+        mean_share = (2 * PLAN.vision_policy.core + PLAN.vision_policy.secondary) / 3  # type: ignore[union-attr]
+        row["fastest_baseline"] = baseline[1]
+        row["bytes_per_second"] = round(speed)
+        for name in list(everyone)[4:]:
+            share = mean_share if name.startswith("partitioned") else 1.0
+            bound = read_bytes(model, batch, visual, share) / speed * 1e3
+            row[name]["over_baseline"] = round(baseline[0] / row[name]["median_ms"], 3)
+            row[name]["of_bound"] = round(row[name]["median_ms"] / bound, 3)
+    return row
+
+
+def main(
+    steps: Annotated[int, typer.Option(help="timed decode steps a round", min=3)] = 12,
+    visual: Annotated[list[int] | None, typer.Option(help="visual tokens")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="rows")] = None,
+    kv_heads: Annotated[list[int] | None, typer.Option(help="key/value heads")] = None,
+) -> list[dict[str, Any]]:
+    """Measure the grid, print a table, save the figures."""
+    rows: list[dict[str, Any]] = []
+    table = Table(title=f"One decode step in ms (over the fastest baseline), {torch.get_num_threads()} threads")
+    for heads in kv_heads or KV_HEADS:
+        for rows_of_batch in batch or BATCHES:
+            torch._dynamo.reset()
+            model = llava(layers=LAYERS, hidden=768, heads=12, kv_heads=heads, visual_tokens=576)
+            everyone = contenders(model)
+            if not rows:
+                for column in ("heads", "visual", "batch", *everyone):
+                    table.add_column(column, justify="right")
+            for tokens in visual or VISUAL:
+                row = {"kv_heads": heads} | measure(model, everyone, rows_of_batch, tokens, steps)
+                rows.append(row)
+                cells = [_cell(row[name]) for name in everyone]
+                table.add_row(KV_HEADS[heads], str(tokens), str(rows_of_batch), *cells)
+                console.print(heads, rows_of_batch, tokens, *cells, "" if row["exact"] else row["differences"])
+    console.print(table)
+    console.print(f"saved: {save('decode', rows)}")
+    if not all(row["exact"] for row in rows):
+        raise typer.Exit(1)
+    return rows
+
+
+def _cell(figures: dict[str, Any]) -> str:
+    ratio = f" ({figures['over_baseline']:.2f}x)" if "over_baseline" in figures else ""
+    return f"{figures['median_ms']:.1f}{ratio}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,85 @@
+"""Building and loading the C++ kernels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from avl_fx.kernels import native
+
+SOURCE = """#include "vectors.h"
+extern "C" int answer() {
+  int total = 0;
+#pragma omp parallel num_threads(2)
+#pragma omp atomic
+  total += 21;
+  return total;
+}
+"""
+
+pytestmark = pytest.mark.skipif(native.shutil.which("g++") is None, reason="no g++")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(native.FOLDER, str(tmp_path / "cache"))
+    native.load.cache_clear()
+    yield tmp_path
+    native.load.cache_clear()
+
+
+def write(folder: Path, text: str = SOURCE) -> Path:
+    path = folder / "kernel.cpp"
+    path.write_text(text)
+    return path
+
+
+def test_a_library_is_built_once(folder):
+    source = write(folder)
+    assert native.load(source).answer() == 42
+    (built,) = (folder / "cache").glob("*.so")
+    before = built.stat().st_mtime_ns
+    native.load.cache_clear()
+    assert native.load(source).answer() == 42
+    assert built.stat().st_mtime_ns == before
+    native.load.cache_clear()
+    assert native.load(write(folder, SOURCE.replace("21", "4"))).answer() == 8
+    assert len(list((folder / "cache").glob("*.so"))) == 2
+    assert not [p for p in (folder / "cache").iterdir() if p.suffix != ".so"]
+
+
+def test_what_does_not_compile_is_named_and_done_without(folder, caplog):
+    assert native.load(write(folder, "this is no C++")) is None
+    assert "kernel.cpp cannot be built" in caplog.text
+    assert native.DISABLED in caplog.text
+
+
+def test_without_a_compiler(folder, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert native.load(write(folder)) is None
+    assert "no C++ compiler found" in caplog.text
+
+
+def test_a_compiler_that_is_not_there(folder, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    assert native.load(write(folder)) is None
+    assert "/nowhere/g++" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written(folder, monkeypatch):
+    (folder / "file").write_text("")
+    monkeypatch.setenv(native.FOLDER, str(folder / "file" / "below"))
+    assert native.load(write(folder)).answer() == 42
+
+
+def test_the_variable_switches_all_of_them_off():
+    code = (
+        "from avl_fx.kernels.narrow_linear import is_available; "
+        "from avl_fx.kernels.partitioned_decode.native import _function; "
+        "assert not is_available() and _function() is None"
+    )
+    env = {**os.environ, native.DISABLED: "0"}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
