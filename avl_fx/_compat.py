@@ -37,7 +37,6 @@ __all__ = [
     "inductor_config_types",
     "inductor_modes",
     "isolation",
-    "own_input",
     "readable",
     "recompile_limit",
     "size_hint",
@@ -70,11 +69,6 @@ def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
     return duplicate
 
 
-def own_input(node: fx.Node) -> None:
-    """Mark a placeholder that a pass added: AOTAutograd asks every one for its source."""
-    node._dynamo_source = LocalSource(node.name, is_input=True)
-
-
 def readable(gm: fx.GraphModule) -> str:
     """Python-like text of a graph with shapes."""
     return gm.print_readable(print_output=False)
@@ -83,12 +77,20 @@ def readable(gm: fx.GraphModule) -> str:
 def compile_graph(
     gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str, config: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    """Hand a rewritten Dynamo graph to PyTorch's compilers: ``inductor``, ``aot_eager`` or ``eager``."""
+    """Hand a rewritten Dynamo graph to PyTorch's compilers: ``inductor``, ``aot_eager`` or ``eager``.
+
+    ``example_inputs`` are those that Dynamo gave; inputs that passes added behind them are found in the graph.
+    """
+    added = [n for n in gm.graph.nodes if n.op == "placeholder"][len(example_inputs) :]
+    for node in added:
+        # AOTAutograd asks every input for its source.
+        node._dynamo_source = LocalSource(node.name, is_input=True)
+    example_inputs = [*example_inputs, *(n.meta["example_value"] for n in added)]
     if compiler == "eager":
         return gm.forward
     if compiler == "aot_eager":
-        return lookup_backend("aot_eager")(gm, list(example_inputs))
-    return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=dict(config)))
+        return lookup_backend("aot_eager")(gm, example_inputs)
+    return cast(Callable[..., Any], compile_fx(gm, example_inputs, config_patches=dict(config)))
 
 
 class FrameModules:

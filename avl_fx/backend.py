@@ -13,10 +13,8 @@ from torch import fx
 
 from avl_fx import _compat
 from avl_fx.errors import AvlError, InternalError
-from avl_fx.growing import GrowingCache
 from avl_fx.modality import carried, given
 from avl_fx.options import BackendOptions, parse_options
-from avl_fx.partition_runtime import PartitionRuntime
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.nodes import alias_root, arg, op, shape
 from avl_fx.passes.pipeline import run_stages
@@ -97,28 +95,11 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
         _dump(record, options)
     _log_sites(record)
     start = time.perf_counter()
-    added = [n for n in gm.graph.nodes if n.op == "placeholder"][len(example_inputs) :]
-    for node in added:
-        _compat.own_input(node)
-    inputs = [*example_inputs, *(n.meta["example_value"] for n in added)]
-    compiled = _compat.compile_graph(gm, inputs, options.compiler, options.inductor_config())
+    compiled = _compat.compile_graph(gm, example_inputs, options.compiler, options.inductor_config())
     record.compile_seconds = time.perf_counter() - start
     if recorder is not None:
         recorder.graphs.append(record)
-    partition = None
-    if ctx.partition is not None and options.plan.vision_policy is not None:
-        partition = PartitionRuntime.of(options.plan.vision_policy, ctx.partition)
-    return CompiledGraph(
-        compiled,
-        dense_keys,
-        dropped=tuple(ctx.dropped_keys),
-        returns_visual=ctx.visual is not None and ctx.visual.node is not None,
-        record=record,
-        emptied=ctx.emptied(),
-        growing=GrowingCache(ctx.growing, ctx.reserve, ctx.adopt) if ctx.growing or ctx.reserve or ctx.adopt else None,
-        partition=partition,
-        takes_ranges=ctx.ranges is not None,
-    )
+    return CompiledGraph.of(compiled, ctx, record, dense_keys)
 
 
 def _make_context(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> PassContext:

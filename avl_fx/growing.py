@@ -17,7 +17,7 @@ from torch import Tensor
 
 from avl_fx.passes.context import GrowingTensor
 
-__all__ = ["GrowingCache", "claim", "longer", "reserve"]
+__all__ = ["GrowingCache", "claim", "has_room", "longer", "reserve"]
 
 SPARE_ROWS = 256
 """Room for so many tokens at least, or for an eighth of those that are there; then a larger buffer is made."""
@@ -48,6 +48,11 @@ def reserve(rows: Tensor, capacity: int | None = None) -> Tensor:
     buffer = rows.new_empty(batch, heads, capacity, dim)
     buffer[:, :, :keys].copy_(rows)
     return _view(buffer, keys, _Buffer(buffer.untyped_storage().data_ptr(), keys))
+
+
+def has_room(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a view that `reserve` or `longer` made."""
+    return hasattr(tensor, _ATTRIBUTE)
 
 
 def claim(view: Tensor) -> Tensor:

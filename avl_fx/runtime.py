@@ -13,7 +13,7 @@ from avl_fx.growing import GrowingCache
 from avl_fx.modality import attach, carried, given
 from avl_fx.partition import Partition, everything
 from avl_fx.partition_runtime import PartitionRuntime
-from avl_fx.passes.context import DroppedKeys
+from avl_fx.passes.context import DroppedKeys, PassContext
 from avl_fx.record import GraphRecord, active_recorder
 
 __all__ = ["CompiledGraph"]
@@ -32,7 +32,6 @@ class CompiledGraph:
     dense_keys: Sequence[tuple[int, int | None]]
     """``(input position, layer)`` of the key caches that this graph reads densely."""
     dropped: Sequence[DroppedKeys]
-    """In ascending order of output position."""
     returns_visual: bool
     record: GraphRecord
     emptied: Sequence[int] = ()
@@ -40,6 +39,32 @@ class CompiledGraph:
     growing: GrowingCache | None = None
     partition: PartitionRuntime | None = None
     takes_ranges: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        compiled: Callable[..., Any],
+        ctx: PassContext,
+        record: GraphRecord,
+        dense_keys: Sequence[tuple[int, int | None]] = (),
+    ) -> CompiledGraph:
+        """What runs ``compiled`` as the passes left word in ``ctx``."""
+        policy, growing, partition = ctx.plan.vision_policy, None, None
+        if ctx.growing or ctx.reserve or ctx.adopt:
+            growing = GrowingCache(ctx.growing, ctx.reserve, ctx.adopt)
+        if ctx.partition is not None and policy is not None:
+            partition = PartitionRuntime.of(policy, ctx.partition)
+        return cls(
+            compiled,
+            dense_keys,
+            dropped=tuple(ctx.dropped_keys),
+            returns_visual=ctx.visual is not None and ctx.visual.node is not None,
+            record=record,
+            emptied=ctx.emptied(),
+            growing=growing,
+            partition=partition,
+            takes_ranges=ctx.ranges is not None,
+        )
 
     def __call__(self, *args: Any) -> Any:
         for position, layer in self.dense_keys:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from avl_fx.growing import has_room
+
 __all__ = [
     "attention_flops",
     "cache_bytes",
@@ -70,7 +72,8 @@ def cache_bytes(cache: Any) -> int:
     """Bytes of memory that a cache holds on to.
 
     Each underlying storage counts once and whole: views of one tensor are not counted twice, and the marker that stands
-    for dropped keys counts as the single element that it occupies.
+    for dropped keys counts as the single element that it occupies. Of a cache that grows in place the rows of its
+    tokens count, not the room that is kept for later ones.
 
     Args:
         cache: a cache of transformers, a tensor, or any nesting of mappings, sequences and objects that hold tensors.
@@ -79,7 +82,9 @@ def cache_bytes(cache: Any) -> int:
     storages: dict[tuple[torch.device, int], int] = {}
     for tensor in _tensors(cache):
         storage = tensor.untyped_storage()
-        storages[tensor.device, storage.data_ptr()] = storage.nbytes()
+        held = tensor.numel() * tensor.element_size() if has_room(tensor) else storage.nbytes()
+        at = tensor.device, storage.data_ptr()
+        storages[at] = max(storages.get(at, 0), held)
     return sum(storages.values())
 
 

@@ -66,9 +66,8 @@ def append_in_place(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         _store_rows(site, key, value)
         site.status = Status.REWRITTEN
         result.count += 1
-    for grown in ctx.growing:
-        returned[grown.output] = None
-    output.args = (tuple(returned),)
+    grown = {g.output for g in ctx.growing}
+    output.args = (tuple(None if i in grown else n for i, n in enumerate(output.args[0])),)
     remove_dead(gm.graph, ctx.initially_unused, keep=ctx.keep())
     return result
 
@@ -87,15 +86,18 @@ def _keys_and_values(site: Site) -> list[fx.Node]:
 def _serves(site: Site) -> bool:
     """Whether `avl::partitioned_decode` means the same as this site's attention, or already is it."""
     node = _attention(site)
+    if node.target not in (torch.ops.avl.attention.default, _DECODE):  # refused: as the model wrote it
+        return False
     query = fake(node.args[0])
     if query.requires_grad or query.dtype not in _DTYPES or site.kind != "full":
         return False
     if node.target is _DECODE or site.queries != 1:
         return True
     _, _, _, mask, scale, is_causal, _ = node.args
-    # Fused kernels of a GPU attend to a short cache faster than a rewrite that has never been timed there.
-    short = mask is None or len(shape(mask) or ()) <= 4
-    return query.device.type == "cpu" and not is_causal and isinstance(scale, float) and short
+    if is_causal or not isinstance(scale, float) or (mask is not None and len(shape(mask) or ()) > 4):
+        return False
+    # What a GPU's fused kernels take for a short cache has not been measured against it.
+    return query.device.type == "cpu"
 
 
 def _started(node: fx.Node, returned: Sequence[Any]) -> list[int]:

@@ -34,6 +34,8 @@ LOCATE, LOWER, VERIFY, REWRITE, NODES = (
     f"{P}{n}.py" for n in ("locate_modalities", "lower", "verify", "rewrite", "nodes")
 )
 KERNEL, DROPPED = "tests/kernels/test_attention.py", "tests/avl_fx/test_dropped_keys.py"
+APPEND, NARROW, GROWN = f"{P}append_in_place.py", f"{P}narrow_linears.py", "tests/avl_fx/test_growing.py"
+GROWING = "tests/e2e/test_growing_cache.py -m 'not inductor'"
 STATE, AVL = "tests/avl_fx/test_partition.py", "tests/e2e/test_avl.py -m 'not matrix'"
 
 
@@ -347,7 +349,7 @@ MUTATIONS: list[Mutation] = [
     ),
     *_in(
         "avl_fx/runtime.py",
-        ("put the markers at the end", "outputs.insert(drop.output, None)", "outputs.append(None)", DROPPED),
+        ("put the markers at the end", "outputs.insert(position, None)", "outputs.append(None)", DROPPED),
         (
             "mark buffers after the graph has run",
             "                mark_buffer(args[drop.placeholder])",
@@ -400,13 +402,45 @@ MUTATIONS: list[Mutation] = [
         ),
     ),
     *_in(
-        "passes/partition_modalities.py",
+        "passes/read_ranges.py",
         (
             "decode without the mask",
-            "*(query, key, value, None, None, mask, io.segments, io.weigh, scale)",
-            "*(query, key, value, None, None, None, io.segments, io.weigh, scale)",
-            f"{AVL} -k 'oracle and mistral3'",
+            "*(query, key, value, None, None, mask, ctx.",
+            "*(query, key, value, None, None, None, ctx.",
+            f"{APPEND} -k exact",
         ),
+    ),
+    *_in(
+        "passes/append_in_place.py",
+        (
+            "swap keys and values",
+            "past_value, new_key, new_value, *rest",
+            "past_value, new_value, new_key, *rest",
+            APPEND,
+        ),
+        ("grow what others read", "return readers <= attending and", "return", APPEND),
+        ("grow what autograd knows", "if fake(past).requires_grad or fake(new).requires_grad:", "if False:", APPEND),
+        ("take any cache for one with room", "head_stride >= (keys + 1) * dim)", "head_stride >= dim)", APPEND),
+        ("append two rows as if they were one", "or added[2] != 1:", "or False:", APPEND),
+        ("grow a sliding window", 'or site.kind != "full":', "or False:", f"{GROWING} -k gemma3"),
+    ),
+    *_in(
+        "avl_fx/growing.py",
+        ("let every view grow", "if buffer.taken == keys:", "if True:", GROWN),
+        ("forget what was taken", "                buffer.taken = keys + 1\n", "", GROWN),
+        ("leave no spare row", "return view if keys < claimed", "return view if keys <= claimed", GROWN),
+        ("believe a copied attribute", "buffer.address == view.untyped_storage().data_ptr()", "True", GROWN),
+        ("copy into a smaller buffer", "capacity=view.stride(1) // view.stride(2)", "capacity=None", GROWN),
+        ("give beams room in vain", "if getattr(args[tensor.before], _RETURNED, False):", "if True:", GROWING),
+    ),
+    *_in(
+        "passes/narrow_linears.py",
+        ("drop the bias", 'arg(node, 2, "bias"))', "None)", NARROW),
+        ("take wide ones too", "math.prod(rows) <= MAX_ROWS", "True", NARROW),
+        ("take what autograd knows", "or out.requires_grad:", "or False:", NARROW),
+    ),
+    *_in(
+        "passes/partition_modalities.py",
         (
             "partition sliding windows as well",
             'if site.kind != "full":',
