@@ -21,7 +21,8 @@ from torch import Tensor
 
 from avl_fx.kernels.partition.native import reselect_native
 from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
-from avl_fx.policies import VisionPolicy
+from avl_fx.policies import TextPolicy, VisionPolicy
+from avl_fx.text_window import TextWindow
 
 __all__ = ["Partition", "everything", "find_partition"]
 
@@ -30,6 +31,9 @@ log = logging.getLogger("avl_fx")
 _ATTRIBUTE = "_avl_partition"
 _END = 2**40
 """A segment of this length reaches the end of the cache, however long it grows."""
+
+Ranges = list[list[tuple[int, int]]]
+"""For each batch row, starts and ends in ascending order."""
 
 
 def everything(like: Tensor, weigh: bool = False) -> tuple[Tensor, Tensor]:
@@ -65,8 +69,18 @@ class Partition:
     """int64 ``[B]``: rows of core, the first so many slots."""
     secondary: Tensor
     """int64 ``[B]``"""
+    core_ranges: Ranges
+    """Everything but the visual rows beyond core."""
+    secondary_ranges: Ranges
+    core_runs: Ranges
+    """The visual rows of core."""
+    secondary_runs: Ranges
     core_segments: Tensor
     secondary_segments: Tensor
+    length: int
+    """Keys in the cache."""
+    text: TextWindow | None = None
+    """``None``: all text is read."""
     step: int = 0
     """Decode steps since the last prompt."""
     generation: int = 0
@@ -75,8 +89,26 @@ class Partition:
     """Layer -> int64 ``[B, G, N]``: which visual token of the row lies in which slot."""
 
     @classmethod
-    def start(cls, policy: VisionPolicy, visual: Tensor) -> Partition | None:
-        """The layout for visual positions bool ``[B, prompt]``; ``None`` without any, or with too many spans."""
+    def start(
+        cls,
+        policy: VisionPolicy,
+        visual: Tensor,
+        text_policy: TextPolicy | None = None,
+        visible: Tensor | None = None,
+        before: Partition | None = None,
+    ) -> Partition | None:
+        """The layout after a prompt.
+
+        Args:
+            policy: the plan's.
+            visual: bool ``[B, keys]``, of the whole cache.
+            text_policy: the plan's; ``None``: all text is read.
+            visible: bool ``[B, keys]``, without padding; ``None``: all of them.
+            before: the state that the cache had until now.
+
+        Returns:
+            ``None`` without visual keys, or with too many spans of them.
+        """
         visual = visual.to("cpu")
         counts = visual.sum(1)
         most = int(counts.max()) if len(counts) else 0
@@ -87,11 +119,32 @@ class Partition:
             slots[row, : counts[row]] = flags.nonzero().flatten()
         core = torch.tensor([int(policy.core * int(n)) for n in counts], dtype=torch.int64)
         secondary = torch.tensor([int(policy.secondary * int(n)) for n in counts], dtype=torch.int64)
-        core_segments, secondary_segments = _segments(slots, core), _segments(slots, secondary)
-        if core_segments is None or secondary_segments is None:
+        core_ranges, secondary_ranges = _ranges(slots, core), _ranges(slots, secondary)
+        core_runs, secondary_runs = _runs(slots, core), _runs(slots, secondary)
+        most_ranges = max(map(len, core_ranges + secondary_ranges))
+        if text_policy is not None:  # a cut may fall anywhere, and what is new stands behind the last key
+            most_ranges += max(map(len, core_runs + secondary_runs)) + 1
+        if most_ranges > MAX_SEGMENTS:
             log.warning("more than %d ranges of keys to read in a row: attention stays dense", MAX_SEGMENTS)
             return None
-        return cls(policy, visual, slots, core, secondary, core_segments, secondary_segments)
+        text = None
+        if text_policy is not None:
+            text = TextWindow.start(text_policy, visual, visible, None if before is None else before.text)
+        return cls(
+            policy,
+            visual,
+            slots,
+            core,
+            secondary,
+            core_ranges,
+            secondary_ranges,
+            core_runs,
+            secondary_runs,
+            _segments(core_ranges),
+            _segments(secondary_ranges),
+            visual.shape[1],
+            text,
+        )
 
     def to(self, device: torch.device) -> Partition:
         """Move the tensors that calls on ``device`` read; in place."""
@@ -105,9 +158,33 @@ class Partition:
         return self.policy.refresh > 0 and (self.step + 1) % self.policy.refresh == 0
 
     @property
+    def weighs(self) -> bool:
+        """Whether the next decode step's softmax rows are wanted."""
+        return self.refreshes or self.text is not None
+
+    @property
     def segments(self) -> Tensor:
-        """What the next decode step reads."""
-        return self.secondary_segments if self.refreshes or self.policy.refresh == 0 else self.core_segments
+        """What the next decode step reads; int64 ``[B, MAX_SEGMENTS, 2]``."""
+        secondary = self.refreshes or self.policy.refresh == 0
+        whole = self.secondary_segments if secondary else self.core_segments
+        cuts = [None] * len(self.slots) if self.text is None else [self.text.cut(row) for row in range(len(self.slots))]
+        if not any(cut is not None for cut in cuts):
+            return whole
+        ranges, visual = (
+            (self.secondary_ranges, self.secondary_runs) if secondary else (self.core_ranges, self.core_runs)
+        )
+        parts = [self._without_text(*row) for row in zip(ranges, visual, cuts, strict=True)]
+        return _segments(parts).to(whole.device)
+
+    def _without_text(
+        self, ranges: list[tuple[int, int]], visual: list[tuple[int, int]], cut: int | None
+    ) -> list[tuple[int, int]]:
+        """``ranges`` of one row without the text from ``cut`` to the end of the cache; later keys are read again."""
+        if cut is None:
+            return ranges
+        before = [(start, min(end, cut)) for start, end in ranges if start < cut]
+        behind = [(max(start, cut), end) for start, end in visual if end > cut]
+        return [*before, *behind, (self.length, _END)]
 
     # ---- moving rows -----------------------------------------------------------------------------------------------
 
@@ -180,13 +257,17 @@ class Partition:
             setattr(tensor, _ATTRIBUTE, (self, self.generation, _version(tensor)))
 
 
-def find_partition(keys: Sequence[Tensor], policy: VisionPolicy) -> Partition | None:
+def find_partition(
+    keys: Sequence[Tensor], policy: VisionPolicy, text_policy: TextPolicy | None = None
+) -> Partition | None:
     """The state that rides on all of ``keys``; ``None`` when it is missing, out of date or another plan's."""
     found = {id(state): state for state in (_valid(tensor) for tensor in keys)}
     if len(found) != 1:
         return None
     partition = next(iter(found.values()))
-    return partition if partition is not None and partition.policy == policy else None
+    if partition is None or partition.policy != policy:
+        return None
+    return partition if (None if partition.text is None else partition.text.policy) == text_policy else None
 
 
 def _valid(tensor: Tensor) -> Partition | None:
@@ -201,18 +282,36 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _segments(slots: Tensor, keep: Tensor) -> Tensor | None:
-    """Everything but the slots beyond the first ``keep``; int64 ``[B, MAX_SEGMENTS, 2]``, or ``None`` if too many."""
-    segments = torch.zeros(len(slots), MAX_SEGMENTS, 2, dtype=torch.int64)
-    for row, (positions, count) in enumerate(zip(slots.tolist(), keep.tolist(), strict=True)):
-        skipped = [p for p in positions[count:] if p >= 0]
-        start, ranges = 0, []
-        for position in skipped:
+def _ranges(slots: Tensor, keep: Tensor) -> Ranges:
+    """Everything but the slots beyond the first ``keep``."""
+    ranges: Ranges = []
+    for positions, count in zip(slots.tolist(), keep.tolist(), strict=True):
+        start, row = 0, []
+        for position in (p for p in positions[count:] if p >= 0):
             if position > start:
-                ranges.append((start, position - start))
+                row.append((start, position))
             start = position + 1
-        ranges.append((start, _END))
-        if len(ranges) > MAX_SEGMENTS:
-            return None
-        segments[row, : len(ranges)] = torch.tensor(ranges, dtype=torch.int64)
+        ranges.append([*row, (start, _END)])
+    return ranges
+
+
+def _runs(slots: Tensor, keep: Tensor) -> Ranges:
+    """The first ``keep`` slots."""
+    runs: Ranges = []
+    for positions, count in zip(slots.tolist(), keep.tolist(), strict=True):
+        row: list[tuple[int, int]] = []
+        for position in positions[:count]:
+            if row and row[-1][1] == position:
+                row[-1] = (row[-1][0], position + 1)
+            else:
+                row.append((position, position + 1))
+        runs.append(row)
+    return runs
+
+
+def _segments(ranges: Ranges) -> Tensor:
+    """As `avl::partitioned_decode` takes them; int64 ``[B, MAX_SEGMENTS, 2]``."""
+    segments = torch.zeros(len(ranges), MAX_SEGMENTS, 2, dtype=torch.int64)
+    for row, pairs in enumerate(ranges):
+        segments[row, : len(pairs)] = torch.tensor([(start, end - start) for start, end in pairs], dtype=torch.int64)
     return segments

@@ -19,11 +19,15 @@ from avl_fx.kernels.partition import partition_
 from avl_fx.modality import given
 from avl_fx.partition import Partition, everything, find_partition
 from avl_fx.passes.context import CachedTensor, PartitionedLayer, PartitionIO
-from avl_fx.policies import VisionPolicy
+from avl_fx.plan import Plan
+from avl_fx.policies import TextPolicy, VisionPolicy
 
 __all__ = ["PartitionRuntime"]
 
 log = logging.getLogger("avl_fx")
+
+EVERYTHING = VisionPolicy(core=1.0, secondary=1.0, refresh=0)
+"""For plans that leave out text only."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class PartitionRuntime:
     """Serves the calls of one graph. Knows positions of inputs and outputs, and none of the graph's nodes."""
 
     policy: VisionPolicy
+    text_policy: TextPolicy | None
     decode: bool
     layers: tuple[PartitionedLayer, ...]
     returned: int
@@ -39,10 +44,17 @@ class PartitionRuntime:
     has_last_mask: bool
 
     @classmethod
-    def of(cls, policy: VisionPolicy, io: PartitionIO) -> PartitionRuntime:
+    def of(cls, plan: Plan, io: PartitionIO) -> PartitionRuntime:
         """The runtime of a graph that meets it as ``io`` says."""
-        layers = tuple(replace(layer, weights=None) for layer in io.layers)
-        return cls(policy, io.decode, layers, len(io.returned()), io.positions is not None, io.last_mask is not None)
+        return cls(
+            plan.vision_policy or EVERYTHING,
+            None if plan.text_policy is None or plan.text_policy.is_identity else plan.text_policy,
+            io.decode,
+            tuple(replace(layer, weights=None) for layer in io.layers),
+            len(io.returned()),
+            io.positions is not None,
+            io.last_mask is not None,
+        )
 
     # ---- before the call -------------------------------------------------------------------------------------------
 
@@ -56,7 +68,7 @@ class PartitionRuntime:
         # nobody can say whether somebody reset it.
         if any(key.after is None and tensor.is_inference() for key, tensor in zip(keys, before, strict=True)):
             return None
-        return find_partition(before, self.policy)
+        return find_partition(before, self.policy, self.text_policy)
 
     def inputs(self, args: Sequence[Any], partition: Partition | None) -> tuple[Tensor, ...]:
         """``segments`` and ``weigh``, for a decode step."""
@@ -65,7 +77,7 @@ class PartitionRuntime:
         first = next(args[c.before] for c in self._cached() if c.before is not None)
         if partition is None:
             return everything(first, weigh=given() is not None)
-        return partition.segments, everything(first, weigh=partition.refreshes)[1]
+        return partition.segments, everything(first, weigh=partition.weighs)[1]
 
     # ---- after the call --------------------------------------------------------------------------------------------
 
@@ -95,14 +107,14 @@ class PartitionRuntime:
             return  # training: nothing may be moved
         with torch.no_grad():
             if self.decode and partition is not None:
-                self._step(partition, args, outputs, keys, scores)
+                self._step(partition, args, outputs, scores)
             else:
                 length = next(iter(keys.values())).shape[2] if positions is None else int(positions[-1]) + 1
                 seen = self._visual(length, visual, partition, batch=next(iter(keys.values())).shape[0])
                 if seen is None or not _all_visible(seen, last_mask):
                     partition = None
                 else:
-                    partition = self._start(seen, args, outputs, keys, scores)
+                    partition = self._start(seen, last_mask, partition, args, outputs, keys, scores)
         if partition is not None:
             partition.generation += 1
             partition.attach(list(keys.values()))
@@ -128,19 +140,23 @@ class PartitionRuntime:
     def _start(
         self,
         visual: Tensor,
+        last_mask: Tensor | None,
+        before: Partition | None,
         args: Sequence[Any],
         outputs: Sequence[Any],
         keys: dict[int, Tensor],
         scores: dict[int, Tensor],
     ) -> Partition | None:
-        partition = Partition.start(self.policy, visual)
+        visible = None if last_mask is None else _seen(last_mask, visual.shape[1])
+        partition = Partition.start(self.policy, visual, self.text_policy, visible, before)
         if partition is None:
             return None
         partition.to(next(iter(keys.values())).device)
         for layer in self.layers:
-            if layer.key is not None:
+            if layer.key is not None and not self.policy.is_identity:
                 order = partition.first_order(layer.layer, scores[layer.layer])
                 self._move(layer, order, args, outputs)
+        self._forget(partition, args, outputs, scores, appended=False)
         return partition
 
     def _step(
@@ -148,16 +164,37 @@ class PartitionRuntime:
         partition: Partition,
         args: Sequence[Any],
         outputs: Sequence[Any],
-        keys: dict[int, Tensor],
         scores: dict[int, Tensor],
     ) -> None:
-        if partition.refreshes:
+        if partition.refreshes and not self.policy.is_identity:
             for layer in self.layers:
                 if layer.key is not None:
                     order = partition.next_order(layer.layer, scores[layer.layer])
                     if order is not None:
                         self._move(layer, order, args, outputs)
+        if partition.text is not None:
+            partition.text.append(partition.length)
+        partition.length += 1
         partition.step += 1
+        self._forget(partition, args, outputs, scores, appended=True)
+
+    def _forget(
+        self,
+        partition: Partition,
+        args: Sequence[Any],
+        outputs: Sequence[Any],
+        scores: dict[int, Tensor],
+        appended: bool,
+    ) -> None:
+        if partition.text is None:
+            return
+        for layer in self.layers:
+            if layer.key is not None:
+                order = partition.text.forget(layer.layer, scores[layer.layer], appended)
+                if order is not None:
+                    device = scores[layer.layer].device
+                    self._move(layer, (order[0].to(device), order[1].to(device)), args, outputs)
+        partition.text.settle(appended)
 
     def _move(
         self, anchor: PartitionedLayer, order: tuple[Tensor, Tensor], args: Sequence[Any], outputs: Sequence[Any]
@@ -192,9 +229,13 @@ def _all_visible(visual: Tensor, last_mask: Tensor | None) -> bool:
     """
     if last_mask is None:
         return True
-    seen = last_mask if last_mask.dtype == torch.bool else last_mask > torch.finfo(last_mask.dtype).min / 2
-    seen = seen.all(1)[:, : visual.shape[1]].cpu()
-    if bool((seen | ~visual).all()):
+    if bool((_seen(last_mask, visual.shape[1]) | ~visual).all()):
         return True
     log.warning("the attention mask hides visual keys: the cache is not partitioned and attention stays dense")
     return False
+
+
+def _seen(last_mask: Tensor, keys: int) -> Tensor:
+    """bool ``[batch or 1, keys]``: what the last query sees, through all heads."""
+    seen = last_mask if last_mask.dtype == torch.bool else last_mask > torch.finfo(last_mask.dtype).min / 2
+    return seen.all(1)[:, :keys].cpu()

@@ -22,7 +22,7 @@ from avl_fx.policies import LazyPolicy, PrefillFilter, TextPolicy, VisionPolicy
 
 __all__ = ["EXECUTED", "PRESETS", "LazyPolicy", "Plan", "PlanSpec", "PrefillFilter", "TextPolicy", "VisionPolicy"]
 
-EXECUTED: Mapping[str, frozenset[str] | None] = {"lazy": frozenset({"gla"}), "vision": None}
+EXECUTED: Mapping[str, frozenset[str] | None] = {"lazy": frozenset({"gla"}), "vision": None, "text": None}
 """What this version executes besides identity plans: section -> its modes (``None``: the whole section).
 
 `Plan.check_supported` refuses everything else; extend this table when a pass learns to execute more.

@@ -49,11 +49,11 @@ class CompiledGraph:
         dense_keys: Sequence[tuple[int, int | None]] = (),
     ) -> CompiledGraph:
         """What runs ``compiled`` as the passes left word in ``ctx``."""
-        policy, growing, partition = ctx.plan.vision_policy, None, None
+        growing, partition = None, None
         if ctx.growing or ctx.reserve or ctx.adopt:
             growing = GrowingCache(ctx.growing, ctx.reserve, ctx.adopt)
-        if ctx.partition is not None and policy is not None:
-            partition = PartitionRuntime.of(policy, ctx.partition)
+        if ctx.partition is not None:
+            partition = PartitionRuntime.of(ctx.plan, ctx.partition)
         return cls(
             compiled,
             dense_keys,

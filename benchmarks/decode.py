@@ -68,9 +68,10 @@ def filled(model: Any, kind: str, batch: int, visual: int, steps: int) -> Any:
     text, length = model.config.get_text_config(), visual + TEXT
     cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=length + steps)
     generator = torch.Generator().manual_seed(1)
+    shape = (batch, text.num_key_value_heads, length, HEAD_DIM)
+    key, value = (torch.randn(shape, generator=generator) for _ in range(2))
     for layer in range(LAYERS):
-        shape = (batch, text.num_key_value_heads, length, HEAD_DIM)
-        cache.update(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator), layer)
+        cache.update(key, value, layer)
     return cache
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from benchmarks import decode_dense, grouped_attention, partitioned_attention, pass_overhead
+from benchmarks import decode, grouped_attention, partitioned_attention, pass_overhead
 from benchmarks._report import console
 
 
@@ -16,7 +16,7 @@ def main() -> None:
     grouped_attention.main()
     partitioned_attention.main()
     pass_overhead.main()
-    decode_dense.main()
+    decode.main()
 
 
 if __name__ == "__main__":

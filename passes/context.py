@@ -108,9 +108,9 @@ class PartitionIO:
     """One query: the graph takes `KeyRanges`. Otherwise it is dense and only scores."""
     layers: list[PartitionedLayer]
     positions: fx.Node | None = None
-    """Key positions of a prompt's queries, in a static cache; int64 ``[queries]``."""
+    """Key positions of the queries, in a static cache; int64 ``[queries]``."""
     last_mask: fx.Node | None = None
-    """The mask of a prompt's last query, ``[batch, heads or 1, keys]`` boolean or additive; none: it sees every key."""
+    """The mask of the last query, ``[batch, heads or 1, keys]`` boolean or additive; none: it sees every key."""
 
     def returned(self) -> list[fx.Node]:
         """What the graph returns beyond the model's own outputs, in this order."""

@@ -1,4 +1,4 @@
-"""Stage 4: decode reads text and the critical visual keys only (A-VL, arXiv 2409.14846, sections 4.1 and 4.2).
+"""Stage 4: decode reads the text and the visual keys that matter only (A-VL, arXiv 2409.14846, sections 4.1 to 4.3).
 
 A graph of several queries (a prompt, a later turn) stays dense. For each site it returns one row of scores more: how
 much its last queries attended to each key. Between calls the runtime picks core and secondary from it and *reorders the
@@ -35,10 +35,12 @@ _SAME_TENSOR = frozenset({"detach", "alias"})
 
 
 def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Apply ``ctx.plan.vision_policy`` to the decoder's sites."""
+    """Apply ``ctx.plan``'s sections ``vision`` and ``text`` to the decoder's sites."""
     result = PassResult("partition_modalities")
-    policy = ctx.plan.vision_policy
-    if policy is None or policy.is_identity:
+    vision, text = ctx.plan.vision_policy, ctx.plan.text_policy
+    window = 1 if vision is None else vision.scoring_window
+    forgets = text is not None and not text.is_identity
+    if (vision is None or vision.is_identity) and not forgets:
         return result
     layers: list[tuple[Site, PartitionedLayer]] = []
     by_key: dict[fx.Node, Site] = {}
@@ -55,14 +57,15 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         return result
     decode = layers[0][0].queries == 1
     io = PartitionIO(decode=decode, layers=[layer for _, layer in layers])
-    if decode:
-        result.new_inputs = take_ranges(gm, ctx, layers[0][0])
-    else:
-        first = layers[0][0].node
-        assert first is not None
+    first = layers[0][0].node
+    assert first is not None
+    if not decode or forgets:  # a text window that starts late asks the same as one that starts with the prompt
         io.positions = _static_positions(layers[0][0])
         if first.args[_MASK] is not None:
             io.last_mask = insert_call(first, operator.getitem, first.args[_MASK], (slice(None), slice(None), -1))
+    if decode:
+        result.new_inputs = take_ranges(gm, ctx, layers[0][0])
+    else:
         if ctx.visual is None:
             for site, _ in layers:
                 site.detail = "visual positions unknown: stays dense"
@@ -72,7 +75,7 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             weights = read_ranges(site, ctx)
             layer.weights = None if inherits else weights
         elif not inherits:
-            layer.weights = _score(site, io, policy.scoring_window)
+            layer.weights = _score(site, io, window)
         site.status = Status.REWRITTEN
         site.action = f"{site.action}, partitioned" if inherits else "partitioned"
         result.count += 1

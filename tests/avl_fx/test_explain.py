@@ -369,7 +369,7 @@ def test_errors_of_the_settings():
 
 def test_errors_of_the_plan():
     inputs = get("llava").inputs(zoo_model("llava"))
-    fails(UnsupportedPlanError, "text", tiny(), {"text": {"budget": 0.5}}, **tiny_inputs())
+    fails(UnsupportedPlanError, "prefill", tiny(), {"prefill": {"keep": 0.5}}, **tiny_inputs())
     fails(PlanMismatchError, "lazy.blocks[0]", zoo_model("llava"), avl_fx.Plan.lazy([(1, 4)]), **inputs)
     fails(PlanMismatchError, "lazy.blocks[0]", tiny(), avl_fx.Plan.lazy([(1, 4)]), **tiny_inputs())
 

@@ -243,7 +243,9 @@ def test_plan_for_this_model():
         plan.check_depth(13)
 
 
-@pytest.mark.parametrize("plan", [Plan(), Plan.lazy([(4, 12)]), Plan.lazy([], "vla"), Plan.avl(text=None)])
+@pytest.mark.parametrize(
+    "plan", [Plan(), Plan.lazy([(4, 12)]), Plan.lazy([], "vla"), Plan.avl(), Plan(text=TextPolicy())]
+)
 def test_supported(plan):
     plan.check_supported()
 
@@ -253,15 +255,13 @@ def test_supported(plan):
     [
         (Plan.lazy([(4, 12)], "vla"), "lazy.mode"),
         (Plan.lazy([(4, 12)], "vla_scores"), "lazy.mode"),
-        (Plan.avl(), "text"),
-        (Plan(text=TextPolicy()), "text"),
         (Plan(prefill=PrefillFilter()), "prefill"),
-        (Plan.lazy([(4, 12)]).combine(Plan.avl()), "text"),
+        (Plan.lazy([(4, 12)]).combine(Plan.avl(prefill=0.5)), "prefill"),
     ],
 )
 def test_unsupported(plan, field):
     with pytest.raises(
-        UnsupportedPlanError, match=r"executes only identity plans, lazy \(mode gla\), vision;.*Fix: "
+        UnsupportedPlanError, match=r"executes only identity plans, lazy \(mode gla\), vision, text;.*Fix: "
     ) as caught:
         plan.check_supported()
     assert caught.value.field == field

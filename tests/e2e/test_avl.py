@@ -27,7 +27,17 @@ PRESETS = {
     "tight": {"core": 0.1, "secondary": 0.2, "refresh": 2, "scores": "per_kv_head"},
     "window": {"core": 0.25, "secondary": 1.0, "refresh": 5, "scoring_window": 4},
     "secondary": {"core": 0.3, "secondary": 0.5, "refresh": 0},
+    "text": {"core": 0.3, "secondary": 0.5, "refresh": 3, "text": 0.5, "text_minimum": 4},
+    "heavy": {"core": 1.0, "secondary": 1.0, "refresh": 1, "text": 0.4, "text_minimum": 2, "decay": "none"},
 }
+
+
+def as_oracle(settings):
+    """A preset in the oracle's words."""
+    words = {"scoring_window": "window", "text_minimum": "minimum"}
+    return {"text": 1.0, **{words.get(name, name): value for name, value in settings.items()}}
+
+
 NAMES = [name for name, zoo in ZOO.items() if "full" in zoo.attention_kinds and name != "mllama"]
 FACTORS = (NAMES, DOORS, ("dynamic", "static"), (1, 3), tuple(PRESETS), ("dense", "lazy"))
 
@@ -57,20 +67,17 @@ def check(name, door, cache, batch, preset, layers, compiler):
     inputs = zoo.inputs(model, batch=batch)
     visual = zoo.visual_positions(model, inputs)
     blocks = [(1, zoo.decoder_layers - 1)] if layers == "lazy" else []
-    oracle_settings = dict(settings)
-    oracle_settings["window"] = oracle_settings.pop("scoring_window", 1)
     dense = prefill_and_decode(model, inputs, cache, steps=STEPS)
     with avl_oracle(
         model,
         visual,
-        text=1.0,
         blocks=blocks,
         decoder_prefix=zoo.decoder_prefix,
         kinds=zoo.attention_kinds,
-        **oracle_settings,
+        **as_oracle(settings),
     ):
         expected = prefill_and_decode(model, inputs, cache, steps=STEPS, tokens=dense.tokens)
-    plan = Plan.avl(**settings, text=None)
+    plan = Plan.avl(**{"text": None, **settings})
     if blocks:
         plan = plan.combine(Plan.lazy(blocks))
     # PlainLVLM splices by index: no mask shows in any graph, so the user has to tell.
@@ -126,8 +133,9 @@ def converse(model, turns, cache, steps=5):
     return logits, torch.cat(tokens, 1)
 
 
+@pytest.mark.parametrize("text", [None, 0.3], ids=["all text", "text window"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_images_in_a_second_turn(kind):
+def test_images_in_a_second_turn(kind, text):
     zoo = ZOO["llava"]
     model = zoo.make()
     turns = [zoo.inputs(model, batch=1, seed=seed) for seed in (0, 1)]
@@ -140,14 +148,14 @@ def test_images_in_a_second_turn(kind):
             return DynamicCache(config=model.config.get_text_config())
         return StaticCache(config=model.config.get_text_config(), max_cache_len=both.shape[1] + 8)
 
-    with avl_oracle(model, seen[0], core=0.3, secondary=0.5, refresh=2, text=1.0) as oracle:
+    with avl_oracle(model, seen[0], core=0.3, secondary=0.5, refresh=2, text=text or 1.0, minimum=3) as oracle:
         first = converse(model, turns[:1], cache())
         oracle.layers.clear()
         # The oracle has to be told before turn two begins: a longer mask changes nothing about turn one.
         oracle.see(both)
         expected, tokens = converse(model, turns, cache())
     assert largest(first[0], expected[:5]) <= FLOAT32_TOLERANCE
-    plan = Plan.avl(core=0.3, secondary=0.5, refresh=2, text=None)
+    plan = Plan.avl(core=0.3, secondary=0.5, refresh=2, text=text, text_minimum=3)
     for door in DOORS:
         with through(door, model, compiler="eager", plan=plan):
             got, chosen = converse(model, turns, cache())

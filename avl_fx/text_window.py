@@ -1,0 +1,208 @@
+"""Which text keys a partitioned cache still reads (A-VL, arXiv 2409.14846, section 4.3).
+
+Text is what stands behind the first visual key of a batch row and is neither visual nor padding. Beyond a budget, half
+of what is read is the newest, half the heaviest; what leaves is not read again until the next prompt. Rows that stay
+are moved to the front of the text's own positions, so that what is read is contiguous and nothing is lost: a new token
+takes the place of the one that it drives out.
+
+All layers of a cache keep equally many text keys; which ones they are differs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import avl_fx.kernels.partition as partition_kernels
+from avl_fx.kernels.native import load
+from avl_fx.policies import TextPolicy
+
+__all__ = ["TextWindow"]
+
+Moves = tuple[Tensor, Tensor]
+"""``(source, slots)`` as `avl::partition_` takes them, int64 ``[batch, 1, moves]``."""
+
+_Sizes = ctypes.c_int64 * 6
+
+
+@cache
+def _forget() -> ctypes._CFuncPtr | None:  # type: ignore[name-defined]
+    library = load(Path(partition_kernels.__file__).with_name("text_window.cpp"))
+    if library is None:
+        return None
+    function = library.avl_forget
+    function.argtypes = [*[ctypes.c_void_p] * 9, _Sizes, ctypes.c_double]
+    function.restype = ctypes.c_int64
+    return function
+
+
+@dataclass
+class TextWindow:
+    """Text slots of one cache, on the CPU, and what lies in them in each of its layers.
+
+    Slots of a batch row are the positions of its text in ascending order. The first `kept` of them hold what is read.
+    """
+
+    policy: TextPolicy
+    active: list[bool]
+    """Batch rows with a visual key; the others keep all their text."""
+    counts: list[int]
+    """Text keys so far, read or not."""
+    kept: list[int]
+    slots: Tensor
+    """int64 ``[batch, capacity]``"""
+    tokens: dict[int, Tensor] = field(default_factory=dict)
+    """Layer -> int64 ``[batch, capacity]``: the position at which the token in each slot once entered the cache."""
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    """Layer -> float32 ``[batch, capacity]``"""
+
+    @classmethod
+    def start(
+        cls, policy: TextPolicy, visual: Tensor, visible: Tensor | None, before: TextWindow | None = None
+    ) -> TextWindow:
+        """The window after a prompt: all text is read, until `forget` is asked for each layer.
+
+        Args:
+            policy: the plan's.
+            visual: bool ``[batch, keys]``, the visual keys of the whole cache.
+            visible: bool ``[batch, keys]``, without padding; ``None``: all of them.
+            before: the window that the cache had until now. Rows that it moved keep their age.
+        """
+        visual = visual.cpu()
+        text = (visual.cumsum(1) > 0) & ~visual
+        if visible is not None:
+            text &= visible[:, : text.shape[1]].cpu()
+        counts = text.sum(1).tolist()
+        slots = torch.zeros(len(text), max([*counts, 1]), dtype=torch.int64)
+        for row, flags in enumerate(text):
+            slots[row, : counts[row]] = flags.nonzero().flatten()
+        window = cls(policy, visual.any(1).tolist(), counts, list(counts), slots)
+        if before is not None:
+            window.tokens = {layer: before._ages(layer, slots) for layer in before.tokens}
+        return window
+
+    def _ages(self, layer: int, slots: Tensor) -> Tensor:
+        """``slots`` with the positions of moved tokens replaced by those at which they entered."""
+        ages = slots.clone()
+        for row, count in enumerate(self.counts):
+            old = self.slots[row, :count]
+            at = torch.searchsorted(old.contiguous(), slots[row].contiguous()).clamp(max=max(count - 1, 0))
+            if count:
+                moved = old[at] == slots[row]
+                ages[row, moved] = self.tokens[layer][row, at[moved]]
+        return ages
+
+    def append(self, position: int) -> None:
+        """A decode step stored one token a row at ``position``; it is read from now on."""
+        capacity = self.slots.shape[1]
+        if max(self.counts) == capacity:
+            more = max(64, capacity)
+            self.slots = _padded(self.slots, more)
+            self.tokens = {layer: _padded(t, more) for layer, t in self.tokens.items()}
+            self.scores = {layer: _padded(t, more) for layer, t in self.scores.items()}
+        self.slots[torch.arange(len(self.counts)), self.counts] = position
+        self.counts = [count + 1 for count in self.counts]
+
+    def budget(self, row: int) -> int:
+        """Text keys that batch row ``row`` may read."""
+        if not self.active[row]:
+            return self.counts[row]
+        return max(round(self.policy.budget * self.counts[row]), self.policy.minimum)
+
+    def forget(self, layer: int, weights: Tensor, appended: bool) -> Moves | None:
+        """Score the text of ``layer`` and drive out what is beyond the budget. `settle` follows, once for all layers.
+
+        Args:
+            layer: a layer that owns keys.
+            weights: softmax row of this step (or the scores of a prompt), float32 ``[batch, kv_heads, keys]``.
+            appended: whether `append` came before.
+
+        Returns:
+            The rows that change places, or ``None``.
+        """
+        if layer not in self.tokens:
+            self.tokens[layer] = self.slots.clone()
+        if layer not in self.scores:
+            self.scores[layer] = torch.zeros(self.slots.shape)
+        weights = weights.detach().to("cpu", torch.float32).contiguous()
+        budgets = [self.budget(row) for row in range(len(self.counts))]
+        function = _forget()
+        quantile = 1 - self.policy.budget if self.policy.decay == "forgetting" else -1.0
+        if function is None:
+            moves = self._forget_slowly(layer, weights, budgets, quantile, appended)
+        else:
+            moves = self._forget_fast(function, layer, weights, budgets, quantile, appended)
+        return moves
+
+    def settle(self, appended: bool) -> None:
+        """Take note of how many text keys stay, after `forget` of all layers."""
+        for row, kept in enumerate(self.kept):
+            self.kept[row] = min(kept + int(appended), self.budget(row))
+
+    def cut(self, row: int) -> int | None:
+        """The first text position of batch row ``row`` that is not read any more; ``None``: all of them are."""
+        return int(self.slots[row, self.kept[row]]) if self.kept[row] < self.counts[row] else None
+
+    # ---- two ways to forget ----------------------------------------------------------------------------------------
+
+    def _forget_fast(
+        self,
+        function: ctypes._CFuncPtr,  # type: ignore[name-defined]
+        layer: int,
+        weights: Tensor,
+        budgets: list[int],
+        quantile: float,
+        appended: bool,
+    ) -> Moves | None:
+        batch, capacity = self.slots.shape
+        evicted = max(k + appended - b for k, b in zip(self.kept, budgets, strict=True))
+        room = 2 * max(1, evicted)
+        lists = [torch.tensor(numbers, dtype=torch.int64) for numbers in (self.kept, self.counts, budgets)]
+        source, target = (torch.empty(batch, room, dtype=torch.int64) for _ in range(2))
+        tensors = (weights, self.slots, self.tokens[layer], self.scores[layer], *lists, source, target)
+        sizes = _Sizes(batch, weights.shape[1], weights.shape[2], capacity, room, int(appended))
+        moves = function(*(t.data_ptr() for t in tensors), sizes, quantile)
+        return (source[:, None, :moves], target[:, None, :moves]) if moves else None
+
+    def _forget_slowly(
+        self, layer: int, weights: Tensor, budgets: list[int], quantile: float, appended: bool
+    ) -> Moves | None:
+        """The same without a compiler; the obvious way."""
+        pairs = []
+        for row, budget in enumerate(budgets):
+            slots, tokens, scores = self.slots[row], self.tokens[layer][row], self.scores[layer][row]
+            candidates = list(range(self.kept[row]))
+            if appended and self.counts[row]:
+                last = self.counts[row] - 1
+                candidates.append(last)
+                tokens[last], scores[last] = slots[last], 0.0
+            if candidates:
+                weight = weights[row].mean(0)[slots[candidates]]
+                scores[candidates] += weight - (weight.quantile(quantile) if quantile >= 0 else 0.0)
+            stay = candidates
+            if len(candidates) > budget:
+                by_age = sorted(candidates, key=lambda j: int(tokens[j]))
+                recent, rest = by_age[len(by_age) - budget // 2 :], by_age[: len(by_age) - budget // 2]
+                stay = recent + sorted(rest, key=lambda j: -float(scores[j]))[: budget - budget // 2]
+            front = range(len(stay))
+            holes = [j for j in front if j not in stay]
+            moved = []
+            for hole, outside in zip(holes, sorted(j for j in stay if j not in front), strict=True):
+                moved += [(int(slots[outside]), int(slots[hole])), (int(slots[hole]), int(slots[outside]))]
+                for content in (tokens, scores):
+                    content[[hole, outside]] = content[[outside, hole]]
+            pairs.append(moved)
+        most = max(map(len, pairs))
+        if most == 0:
+            return None
+        table = torch.tensor([moved + [(0, -1)] * (most - len(moved)) for moved in pairs], dtype=torch.int64)
+        return table[:, None, :, 0].contiguous(), table[:, None, :, 1].contiguous()
+
+
+def _padded(tensor: Tensor, more: int) -> Tensor:
+    return torch.cat([tensor, tensor.new_zeros(len(tensor), more)], 1)
