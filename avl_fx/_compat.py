@@ -39,7 +39,6 @@ __all__ = [
     "isolation",
     "readable",
     "recompile_limit",
-    "size_hint",
     "strip_compilation",
     "uncompile_module",
     "uncompiled",
@@ -244,14 +243,6 @@ def fresh_compilation(backend: Callable[..., Any]) -> Iterator[None]:
             log.setLevel(level)
             sizes.clear()
             sizes.update(known)
-
-
-def size_hint(size: Any) -> int | None:
-    """A size as it was when the graph was captured; adds no guard where it is symbolic, ``None`` where it depends on
-    data."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    return int(size.node.hint) if size.node.has_hint() else None
 
 
 def cpp_compiler() -> str | None:

@@ -16,7 +16,7 @@ from avl_fx.errors import AvlError, InternalError
 from avl_fx.modality import carried, given
 from avl_fx.options import BackendOptions, parse_options
 from avl_fx.passes.context import PassContext
-from avl_fx.passes.nodes import alias_root, arg, op, shape
+from avl_fx.passes.nodes import alias_root, arg, hint, op, shape
 from avl_fx.passes.pipeline import run_stages
 from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.passes.site import Status
@@ -184,7 +184,7 @@ def _linears(gm: fx.GraphModule) -> tuple[int, int]:
 def _linear_flops(node: fx.Node) -> int:
     """Two for each element of the output and each input feature; 0 where a size depends on data."""
     output, source = shape(node), shape(arg(node, 0, "input"))
-    sizes = [_compat.size_hint(s) for s in (*(output or ()), *(source or ())[-1:])]
+    sizes = [hint(s) for s in (*(output or ()), *(source or ())[-1:])]
     return math.prod(map(int, sizes)) * 2 if output and source and None not in sizes else 0  # type: ignore[arg-type]
 
 

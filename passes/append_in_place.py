@@ -22,7 +22,7 @@ from torch import fx
 
 from avl_fx.passes.context import GrowingTensor, PassContext
 from avl_fx.passes.drop_keys import output_positions
-from avl_fx.passes.nodes import METADATA_OPS, alias_root, aliases, fake, op, same_size, shape
+from avl_fx.passes.nodes import METADATA_OPS, alias_root, aliases, fake, hint, op, same_size, shape
 from avl_fx.passes.read_ranges import read_ranges, take_ranges
 from avl_fx.passes.rewrite import insert_call, remove_dead
 from avl_fx.passes.share_queries import decoder_sites
@@ -143,10 +143,9 @@ def _has_room(past: torch.Tensor) -> bool:
     batch_stride, head_stride, row_stride, _ = past.stride()
     _, heads, keys, dim = past.shape
     sizes = (batch_stride, head_stride, row_stride, keys)
-    if any(isinstance(n, torch.SymInt) and not n.node.has_hint() for n in sizes) or past.stride()[3] != 1:
+    if None in map(hint, sizes) or past.stride()[3] != 1:
         return False
-    hints = [int(n.node.hint) if isinstance(n, torch.SymInt) else n for n in (head_stride, keys)]
-    if hints[0] < (hints[1] + 1) * dim:
+    if hint(head_stride) < (hint(keys) + 1) * dim:  # type: ignore[operator]
         return False
     whole_rows = row_stride == dim and head_stride % dim == 0 and batch_stride == heads * head_stride
     return bool(whole_rows and head_stride >= (keys + 1) * dim)

@@ -14,7 +14,7 @@ from torch import fx
 
 from avl_fx.kernels.narrow_linear import MAX_ROWS, is_available
 from avl_fx.passes.context import PassContext
-from avl_fx.passes.nodes import arg, fake, op
+from avl_fx.passes.nodes import arg, fake, hint, op
 from avl_fx.passes.rewrite import insert_call
 from avl_fx.passes.site import PassResult
 
@@ -42,12 +42,6 @@ def _is_narrow(node: fx.Node) -> bool:
         return False
     if out.device.type != "cpu" or {given.dtype, weight.dtype, out.dtype} != {torch.float32} or out.requires_grad:
         return False
-    rows = [_hint(n) for n in given.shape[:-1]]
+    rows = [hint(n) for n in given.shape[:-1]]
     # With a symbolic number of rows that turns out large, the operator is an ordinary product.
     return None not in rows and math.prod(rows) <= MAX_ROWS  # type: ignore[arg-type]
-
-
-def _hint(size: int | torch.SymInt) -> int | None:
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint) if size.node.has_hint() else None
-    return size

@@ -21,6 +21,7 @@ __all__ = [
     "arg",
     "const",
     "fake",
+    "hint",
     "mutated_input",
     "mutated_inputs",
     "mutations",
@@ -152,6 +153,14 @@ def _known(size: Any) -> Any:
     """An int for a SymInt that earlier guards have fixed."""
     fixed = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
     return size if fixed is None else fixed
+
+
+def hint(size: Any) -> int | None:
+    """A size as it was when the graph was captured; adds no guard where it is symbolic, ``None`` where it depends on
+    data."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return int(size.node.hint) if size.node.has_hint() else None
 
 
 def same_size(a: Any, b: Any) -> bool:

@@ -190,3 +190,65 @@ def test_a_mask_that_hides_visual_keys_keeps_attention_dense(caplog):
         got = prefill_and_decode(model, inputs, steps=4, tokens=dense.tokens)
     assert largest(got, dense) <= FLOAT32_TOLERANCE
     assert "hides visual keys" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_partitioned_cache_has_lost_nothing(kind):
+    """Rows have moved, and dense attention over them gives the dense answer."""
+    zoo = ZOO["llava"]
+    model = zoo.make()
+    inputs = zoo.inputs(model, batch=3)
+    text, prompt = model.config.get_text_config(), inputs["input_ids"].shape[1]
+
+    def cache():
+        return DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=prompt + 4)
+
+    @torch.no_grad()
+    def dense_step(past):
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
+        token = torch.full((3, 1), 20)
+        return model(input_ids=token, attention_mask=mask, past_key_values=past, use_cache=True).logits
+
+    mine, plain = cache(), cache()
+    with torch.no_grad():
+        model(**inputs, past_key_values=plain, use_cache=True)
+        with through("avl_fx.compile", model, compiler="eager", plan=Plan.avl(0.2, 0.4, text=0.3, text_minimum=2)):
+            model(**inputs, past_key_values=mine, use_cache=True)
+    keys = [(a.keys, b.keys) for a, b in zip(mine.layers, plain.layers, strict=True)]
+    assert all(not torch.allclose(a, b, atol=1e-3) for a, b in keys), "rows have moved"
+    assert all(torch.allclose(a.sum(2), b.sum(2), atol=1e-3) for a, b in keys), "among themselves"
+    assert (dense_step(mine) - dense_step(plain)).abs().max() <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_late_start(kind):
+    """The prompt ran eagerly; the first compiled step is dense and starts the partition, visual keys and text."""
+    zoo = ZOO["llava"]
+    model = zoo.make()
+    inputs = zoo.inputs(model, batch=3)
+    visual = zoo.visual_positions(model, inputs)
+    text, prompt = model.config.get_text_config(), inputs["input_ids"].shape[1]
+    settings = {"core": 0.3, "secondary": 0.5, "refresh": 3, "text": 0.4}
+
+    @torch.no_grad()
+    def run(enter):
+        cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=prompt + 24)
+        model(**inputs, past_key_values=cache, use_cache=True)
+        logits = []
+        with enter:
+            for step in range(20):
+                mask = torch.cat([inputs["attention_mask"], torch.ones(3, step + 1, dtype=torch.long)], 1)
+                token = torch.full((3, 1), 10 + step)
+                out = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
+                logits.append(out.logits[:, -1])
+        return logits
+
+    @contextlib.contextmanager
+    def compiled():
+        plan = Plan.avl(**settings, text_minimum=2)
+        with avl_fx.modality_ids(visual), through("torch.compile", model, compiler="eager", plan=plan):
+            yield
+
+    expected = run(avl_oracle(model, visual, minimum=2, **settings))
+    assert largest(run(compiled()), expected) <= FLOAT32_TOLERANCE
+    assert largest(run(contextlib.nullcontext()), expected) > 10 * FLOAT32_TOLERANCE
