@@ -127,7 +127,7 @@ def draw(questions: list[dict[str, str]], runs: list[Contender], path: Path) -> 
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(q["image"] for q in questions))
-    figure, axes = plt.subplots(1, len(names) + 1, figsize=(4 * (len(names) + 1), 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(names) + 1, figsize=(4 * (len(names) + 1), 5.6), layout="constrained")
     for axis, name in zip(axes, names, strict=False):
         axis.imshow(Image.open(ASSETS / name))
         axis.set_axis_off()
