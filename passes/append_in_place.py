@@ -37,7 +37,9 @@ _DECODE = torch.ops.avl.partitioned_decode.default
 def append_in_place(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     """Rewrite the decoder's sites that attend to ``cat([past, new])`` of one new row each; ask for room elsewhere."""
     result = PassResult("append_in_place")
-    if not ctx.spare_rows:
+    text = ctx.plan.text_policy
+    if not ctx.spare_rows or (text is not None and not text.is_identity):
+        # A text window lets new rows change places with old ones, which a cache that shares the buffer may still show.
         return result
     output = next(n for n in gm.graph.nodes if n.op == "output")
     returned: list[Any] = list(output.args[0])
