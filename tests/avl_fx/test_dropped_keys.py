@@ -171,7 +171,8 @@ def test_dense_use_of_dropped_keys_raises(dropped: str) -> None:
 def graph(
     function: Callable[..., tuple], dropped: list[DroppedKeys], dense: tuple[tuple[int, int], ...] = ()
 ) -> CompiledGraph:
-    return CompiledGraph(function, dense, tuple(dropped), False, GraphRecord(index=0, nodes_before=0))
+    emptied = sorted(d.output for d in dropped if d.output is not None and d.like_output is not None)
+    return CompiledGraph(function, dense, tuple(dropped), False, GraphRecord(index=0, nodes_before=0), emptied)
 
 
 def test_markers_go_where_the_model_expects_keys() -> None:
