@@ -87,8 +87,8 @@ def check(name, door, style, cache, dtype, compiler):
         assert whole(zoo, recorder)
         assert all(s.tower.split(".")[-1] == suffix for g in graphs for s in decoder_sites(g))
     if door == "avl_fx.compile" and cache != "none":
-        # One decoder graph for the prompt, one for the first decode step, and with a dynamic cache one for the rest. The
-        # hand-written model's prompt does not show that it starts a cache: that gets room two steps later.
+        # One decoder graph for the prompt, one for the first decode step, and with a dynamic cache one for the rest.
+        # The hand-written model's prompt does not show that it starts a cache: that gets room two steps later.
         queries = [decoder_sites(g)[0].queries for g in graphs]
         assert sum(q != 1 for q in queries) == 1
         assert sum(q == 1 for q in queries) in ((1, 2, 3) if name == "plain_lvlm" else (1, 2))
