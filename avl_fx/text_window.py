@@ -10,35 +10,18 @@ All layers of a cache keep equally many text keys; which ones they are differs.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import avl_fx.kernels.partition as partition_kernels
-from avl_fx.kernels.native import load
+from avl_fx.kernels.partition.native import forget_native
 from avl_fx.policies import TextPolicy
 
 __all__ = ["TextWindow"]
 
 Moves = tuple[Tensor, Tensor]
 """``(source, slots)`` as `avl::partition_` takes them, int64 ``[batch, 1, moves]``."""
-
-_Sizes = ctypes.c_int64 * 6
-
-
-@cache
-def _forget() -> ctypes._CFuncPtr | None:  # type: ignore[name-defined]
-    library = load(Path(partition_kernels.__file__).with_name("text_window.cpp"))
-    if library is None:
-        return None
-    function = library.avl_forget
-    function.argtypes = [*[ctypes.c_void_p] * 9, _Sizes, ctypes.c_double]
-    function.restype = ctypes.c_int64
-    return function
 
 
 @dataclass
@@ -131,13 +114,12 @@ class TextWindow:
             self.scores[layer] = torch.zeros(self.slots.shape)
         weights = weights.detach().to("cpu", torch.float32).contiguous()
         budgets = [self.budget(row) for row in range(len(self.counts))]
-        function = _forget()
         quantile = 1 - self.policy.budget if self.policy.decay == "forgetting" else -1.0
-        if function is None:
+        content = self.slots, self.tokens[layer], self.scores[layer]
+        moves = forget_native(weights, *content, self.kept, self.counts, budgets, quantile, appended)
+        if moves is None:
             moves = self._forget_slowly(layer, weights, budgets, quantile, appended)
-        else:
-            moves = self._forget_fast(function, layer, weights, budgets, quantile, appended)
-        return moves
+        return moves if moves[0].shape[2] else None
 
     def settle(self, appended: bool) -> None:
         """Take note of how many text keys stay, after `forget` of all layers."""
@@ -148,31 +130,8 @@ class TextWindow:
         """The first text position of batch row ``row`` that is not read any more; ``None``: all of them are."""
         return int(self.slots[row, self.kept[row]]) if self.kept[row] < self.counts[row] else None
 
-    # ---- two ways to forget ----------------------------------------------------------------------------------------
-
-    def _forget_fast(
-        self,
-        function: ctypes._CFuncPtr,  # type: ignore[name-defined]
-        layer: int,
-        weights: Tensor,
-        budgets: list[int],
-        quantile: float,
-        appended: bool,
-    ) -> Moves | None:
-        batch, capacity = self.slots.shape
-        evicted = max(k + appended - b for k, b in zip(self.kept, budgets, strict=True))
-        room = 2 * max(1, evicted)
-        lists = [torch.tensor(numbers, dtype=torch.int64) for numbers in (self.kept, self.counts, budgets)]
-        source, target = (torch.empty(batch, room, dtype=torch.int64) for _ in range(2))
-        tensors = (weights, self.slots, self.tokens[layer], self.scores[layer], *lists, source, target)
-        sizes = _Sizes(batch, weights.shape[1], weights.shape[2], capacity, room, int(appended))
-        moves = function(*(t.data_ptr() for t in tensors), sizes, quantile)
-        return (source[:, None, :moves], target[:, None, :moves]) if moves else None
-
-    def _forget_slowly(
-        self, layer: int, weights: Tensor, budgets: list[int], quantile: float, appended: bool
-    ) -> Moves | None:
-        """The same without a compiler; the obvious way."""
+    def _forget_slowly(self, layer: int, weights: Tensor, budgets: list[int], quantile: float, appended: bool) -> Moves:
+        """What `forget_native` does, where there is no compiler."""
         pairs = []
         for row, budget in enumerate(budgets):
             slots, tokens, scores = self.slots[row], self.tokens[layer][row], self.scores[layer][row]
@@ -198,9 +157,8 @@ class TextWindow:
                     content[[hole, outside]] = content[[outside, hole]]
             pairs.append(moved)
         most = max(map(len, pairs))
-        if most == 0:
-            return None
-        table = torch.tensor([moved + [(0, -1)] * (most - len(moved)) for moved in pairs], dtype=torch.int64)
+        padded = [moved + [(0, -1)] * (most - len(moved)) for moved in pairs]
+        table = torch.tensor(padded, dtype=torch.int64).view(len(pairs), most, 2)
         return table[:, None, :, 0].contiguous(), table[:, None, :, 1].contiguous()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -11,10 +12,9 @@ from torch import Tensor
 
 from avl_fx.kernels.native import load
 
-__all__ = ["partition_native", "reselect_native"]
+__all__ = ["forget_native", "partition_native", "reselect_native"]
 
-_Sizes = ctypes.c_int64 * 14
-_Few = ctypes.c_int64 * 7
+_MoveSizes, _SelectSizes, _ForgetSizes = ctypes.c_int64 * 14, ctypes.c_int64 * 7, ctypes.c_int64 * 6
 
 
 @cache
@@ -22,11 +22,22 @@ def _library() -> ctypes.CDLL | None:
     library = load(Path(__file__).with_name("native.cpp"))
     if library is not None:
         pointer = ctypes.c_void_p
-        library.avl_partition.argtypes = [pointer, pointer, pointer, _Sizes]
+        library.avl_partition.argtypes = [pointer, pointer, pointer, _MoveSizes]
         library.avl_partition.restype = None
-        library.avl_reselect.argtypes = [*[pointer] * 7, _Few]
+        library.avl_reselect.argtypes = [*[pointer] * 7, _SelectSizes]
         library.avl_reselect.restype = ctypes.c_int64
     return library
+
+
+@cache
+def _forget() -> Callable[..., int] | None:
+    library = load(Path(__file__).with_name("text_window.cpp"))
+    if library is None:
+        return None
+    function = library.avl_forget
+    function.argtypes = [*[ctypes.c_void_p] * 9, _ForgetSizes, ctypes.c_double]
+    function.restype = ctypes.c_int64
+    return function
 
 
 def partition_native(key: Tensor | None, value: Tensor | None, source: Tensor, slots: Tensor) -> bool:
@@ -40,7 +51,7 @@ def partition_native(key: Tensor | None, value: Tensor | None, source: Tensor, s
         batch, heads, _, dim = tensor.shape
         size, strides = tensor.element_size(), tensor.stride()
         from_, to = source.expand(-1, heads, -1).stride(), slots.expand(-1, heads, -1).stride()
-        sizes = _Sizes(
+        sizes = _MoveSizes(
             *(batch, heads, source.shape[2], dim * size, torch.get_num_threads()),
             *(stride * size for stride in strides[:3]),
             *from_,
@@ -72,6 +83,47 @@ def reselect_native(
     batch, groups, visual = tokens.shape
     source, target = (torch.empty(batch, groups, room, dtype=torch.int64) for _ in range(2))
     tensors = (weights.contiguous(), slots.contiguous(), tokens, core, secondary, source, target)
-    sizes = _Few(batch, weights.shape[1], groups, weights.shape[2], visual, room, torch.get_num_threads())
+    sizes = _SelectSizes(batch, weights.shape[1], groups, weights.shape[2], visual, room, torch.get_num_threads())
     moves = library.avl_reselect(*(tensor.data_ptr() for tensor in tensors), sizes)
+    return source[..., :moves], target[..., :moves]
+
+
+def forget_native(
+    weights: Tensor,
+    slots: Tensor,
+    tokens: Tensor,
+    scores: Tensor,
+    kept: Sequence[int],
+    counts: Sequence[int],
+    budgets: Sequence[int],
+    quantile: float,
+    appended: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """Score text rows by one softmax row, and drive out what is beyond the budget (`avl_fx.text_window`).
+
+    Args:
+        weights: float32 ``[batch, kv_heads, keys]``, contiguous.
+        slots: int64 ``[batch, capacity]``: key positions of the text.
+        tokens: int64 ``[batch, capacity]``: age of what lies in each slot; brought up to date.
+        scores: float32 ``[batch, capacity]``; brought up to date.
+        kept: for each row, how many of the first slots are read.
+        counts: slots of each row in use.
+        budgets: how many each row may keep.
+        quantile: of the weights, taken off each of them; negative: nothing is.
+        appended: whether the last slot in use is new.
+
+    Returns:
+        ``(source, slots)`` int64 ``[batch, 1, moves]`` as `avl::partition_` takes them, perhaps without a move; ``None``
+        where there is no compiler.
+    """
+    function = _forget()
+    if function is None:
+        return None
+    batch, capacity = slots.shape
+    room = 2 * max(1, *(k + appended - b for k, b in zip(kept, budgets, strict=True)))
+    lists = [torch.tensor(numbers, dtype=torch.int64) for numbers in (kept, counts, budgets)]
+    source, target = (torch.empty(batch, 1, room, dtype=torch.int64) for _ in range(2))
+    tensors = (weights, slots, tokens, scores, *lists, source, target)
+    sizes = _ForgetSizes(batch, weights.shape[1], weights.shape[2], capacity, room, int(appended))
+    moves = function(*(tensor.data_ptr() for tensor in tensors), sizes, quantile)
     return source[..., :moves], target[..., :moves]

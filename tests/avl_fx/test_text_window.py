@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import avl_fx.text_window
+from avl_fx.kernels.partition import native
 from avl_fx.policies import TextPolicy
 from avl_fx.text_window import TextWindow
 
@@ -14,11 +14,11 @@ KV_HEADS = 2
 
 @pytest.fixture(params=["native", "python"], autouse=True, scope="module")
 def implementation(request):
-    if request.param == "native" and avl_fx.text_window._forget() is None:
+    if request.param == "native" and native._forget() is None:
         pytest.skip("no C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "python":
-            patch.setattr(avl_fx.text_window, "_forget", lambda: None)
+            patch.setattr(native, "_forget", lambda: None)
         yield
 
 
