@@ -113,8 +113,8 @@ def forget_native(
         appended: whether the last slot in use is new.
 
     Returns:
-        ``(source, slots)`` int64 ``[batch, 1, moves]`` as `avl::partition_` takes them, perhaps without a move; ``None``
-        where there is no compiler.
+        ``(source, slots)`` int64 ``[batch, 1, moves]`` as `avl::partition_` takes them, perhaps no move;
+        ``None`` where there is no compiler.
     """
     function = _forget()
     if function is None:
