@@ -173,9 +173,9 @@ def test_make_prints_without_a_file():
 
 def test_show_presets_and_plans_of_the_future(tmp_path):
     assert "identity: nothing is left out" in avl("plan", "show", "identity").stdout
-    (tmp_path / "text.json").write_text('{"version": 1, "text": {"budget": 0.5}}')
-    shown = avl("plan", "show", tmp_path / "text.json").stdout
-    assert "budget" in shown
+    (tmp_path / "prefill.json").write_text('{"version": 1, "prefill": {"keep": 0.5}}')
+    shown = avl("plan", "show", tmp_path / "prefill.json").stdout
+    assert "keep" in shown
     assert "not by this version" in shown
 
 
@@ -183,7 +183,7 @@ def test_plan_errors(tmp_path):
     file, bad, later = tmp_path / "plan.json", tmp_path / "bad.json", tmp_path / "later.json"
     Plan.lazy([(4, 12)], num_layers=16).to_json(file)
     bad.write_text("{")
-    later.write_text('{"version": 1, "text": {"budget": 0.5}}')
+    later.write_text('{"version": 1, "prefill": {"keep": 0.5}}')
     assert "neither a preset" in error_of("plan", "show", tmp_path / "plna.json")
     assert "did you mean" in error_of("plan", "check", tmp_path / "plna.json")
     assert "Fix:" in error_of("plan", "show", bad)

@@ -133,8 +133,11 @@ def converse(model, turns, cache, steps=5):
     return logits, torch.cat(tokens, 1)
 
 
-@pytest.mark.parametrize("text", [None, 0.3], ids=["all text", "text window"])
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [("dynamic", None), ("static", 0.3), pytest.param("dynamic", 0.3, marks=pytest.mark.matrix)],
+    ids=["dynamic-all text", "static-text window", "dynamic-text window"],
+)
 def test_images_in_a_second_turn(kind, text):
     zoo = ZOO["llava"]
     model = zoo.make()

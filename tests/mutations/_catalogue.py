@@ -490,7 +490,7 @@ MUTATIONS: list[Mutation] = [
             "if layer.layer == anchor.layer:",
             f"{AVL} -k 'oracle and torch.compile-dynamic-1-window-lazy'",
         ),
-        ("never pick core anew", "if partition.refreshes:", "if False:", f"{AVL} -k 'oracle and mistral3'"),
+        ("never pick core anew", "if partition.refreshes and", "if False and", f"{AVL} -k 'oracle and mistral3'"),
         ("start a second turn from nothing", "if before is not None:", "if False:", f"{AVL} -k second_turn"),
     ),
 ]
