@@ -15,13 +15,13 @@ Which form a graph has is decided when it is compiled, by the strides of the pas
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import fx
 
 from avl_fx.passes.context import GrowingTensor, PassContext
-from avl_fx.passes.drop_keys import output_positions
 from avl_fx.passes.nodes import METADATA_OPS, alias_root, aliases, fake, hint, op, same_size, shape
 from avl_fx.passes.read_ranges import read_ranges, take_ranges
 from avl_fx.passes.rewrite import insert_call, remove_dead
@@ -42,7 +42,7 @@ def append_in_place(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         # A text window lets new rows change places with old ones, which a cache that shares the buffer may still show.
         return result
     output = next(n for n in gm.graph.nodes if n.op == "output")
-    returned: list[Any] = list(output.args[0])
+    returned = _Returned.of(output.args[0])
     sites = [s for s in decoder_sites(ctx) if s.cache == "dynamic" and s.node is not None and _serves(s)]
     if sites and sites[0].queries != 1:
         ctx.reserve = sorted({p for s in sites for n in _keys_and_values(s) for p in _started(n, returned)})
@@ -74,6 +74,27 @@ def append_in_place(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     return result
 
 
+@dataclass(frozen=True)
+class _Returned:
+    """The graph's outputs, and where each tensor or a view of it stands among them."""
+
+    nodes: Sequence[Any]
+    positions: dict[fx.Node, list[int]]
+
+    @classmethod
+    def of(cls, nodes: Sequence[Any]) -> _Returned:
+        positions: dict[fx.Node, list[int]] = {}
+        for position, node in enumerate(nodes):
+            if isinstance(node, fx.Node):
+                positions.setdefault(alias_root(node), []).append(position)
+        return cls(nodes, positions)
+
+    def once(self, root: fx.Node) -> int | None:
+        """Where ``root`` itself is returned; ``None`` unless that is one place, and no view of it is another."""
+        found = self.positions.get(root, [])
+        return found[0] if len(found) == 1 and self.nodes[found[0]] is root else None
+
+
 def _attention(site: Site) -> fx.Node:
     """The node that reads keys and values: canonical, or `avl::partitioned_decode`, of which the site takes a part."""
     node = site.node
@@ -102,14 +123,14 @@ def _serves(site: Site) -> bool:
     return query.device.type == "cpu"
 
 
-def _started(node: fx.Node, returned: Sequence[Any]) -> list[int]:
+def _started(node: fx.Node, returned: _Returned) -> list[int]:
     """Where the graph returns a cache tensor that later steps will append to."""
     root = alias_root(node)
-    positions = output_positions(returned, root)
-    return positions if op(root) == "cat" and len(positions) == 1 and returned[positions[0]] is root else []
+    position = returned.once(root) if op(root) == "cat" else None
+    return [] if position is None else [position]
 
 
-def _grows(node: fx.Node, placeholders: dict[fx.Node, int], returned: Sequence[Any], attending: set[fx.Node]) -> bool:
+def _grows(node: fx.Node, placeholders: dict[fx.Node, int], returned: _Returned, attending: set[fx.Node]) -> bool:
     """Whether ``node`` is ``cat([past, new])`` of one row, kept by the caller and read by ``attending`` alone."""
     root = alias_root(node)
     if op(root) != "cat" or not isinstance(root.args[0], tuple | list) or len(root.args[0]) != 2:
@@ -124,16 +145,16 @@ def _grows(node: fx.Node, placeholders: dict[fx.Node, int], returned: Sequence[A
         return False
     if fake(past).requires_grad or fake(new).requires_grad:
         return False
-    positions = output_positions(returned, root)
-    if len(positions) != 1 or returned[positions[0]] is not root:
+    if returned.once(root) is None:
         return False
     known = aliases(root)
     readers = {user for alias in known for user in alias.users if user not in known and user.op != "output"}
     return readers <= attending and all(user is root or op(user) in METADATA_OPS for user in past.users)
 
 
-def _tensor(root: fx.Node, placeholders: dict[fx.Node, int], returned: Sequence[Any]) -> GrowingTensor:
-    (position,) = output_positions(returned, root)
+def _tensor(root: fx.Node, placeholders: dict[fx.Node, int], returned: _Returned) -> GrowingTensor:
+    position = returned.once(root)
+    assert position is not None
     return GrowingTensor(placeholders[root.args[0][0]], position)  # type: ignore[index]
 
 
