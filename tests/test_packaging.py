@@ -71,7 +71,11 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     (metadata,) = {name.split("/")[0] for name in names} - {"avl_fx"}
     assert metadata.endswith(".dist-info")
-    assert {name for name in names if name.startswith("avl_fx/")} == {*SOURCES, "avl_fx/py.typed"}
+    compiled = {
+        f"avl_fx/{path.relative_to(ROOT)}" for kind in ("cpp", "h") for path in ROOT.glob(f"kernels/**/*.{kind}")
+    }
+    assert compiled, "C++ kernels are built from their sources on the user's machine"
+    assert {name for name in names if name.startswith("avl_fx/")} == {*SOURCES, *compiled, "avl_fx/py.typed"}
 
 
 # ---- which way imports run -------------------------------------------------------------------------------------------
