@@ -17,10 +17,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-__all__ = ["cache_folder", "load"]
+__all__ = ["bind", "cache_folder", "compiler", "load"]
 
 log = logging.getLogger("avl_fx")
 
@@ -36,6 +38,28 @@ def cache_folder() -> Path:
     if os.environ.get(FOLDER):
         return Path(os.environ[FOLDER])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avl_fx"
+
+
+def compiler() -> str | None:
+    """The C++ compiler that builds the kernels: ``$CXX``, else ``g++`` or ``c++`` where there is one."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def bind(source: Path, name: str, arguments: Sequence[Any], result: Any = None) -> Callable[..., Any] | None:
+    """The C function ``name`` of the library built from ``source``; ``None`` where `load` gives none.
+
+    Args:
+        source: the C++ file.
+        name: of the function.
+        arguments: ctypes types of its arguments.
+        result: ctypes type of what it returns.
+    """
+    library = load(source)
+    if library is None:
+        return None
+    function: Any = getattr(library, name)
+    function.argtypes, function.restype = list(arguments), result
+    return function
 
 
 @cache
@@ -56,10 +80,10 @@ def load(source: Path) -> ctypes.CDLL | None:
 
 
 def _built(source: Path) -> Path:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
+    program = compiler()
+    if program is None:
         raise RuntimeError("no C++ compiler found")
-    version = _output([compiler, "--version"])
+    version = _output([program, "--version"])
     made_from = "\n".join([source.read_text("utf-8"), HEADER.read_text("utf-8"), *FLAGS, version, _processor()])
     name = f"{source.parent.name}_{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
@@ -74,8 +98,8 @@ def _built(source: Path) -> Path:
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             compiled, linked = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
-            _output([compiler, *FLAGS, f"-I{HEADER.parent}", "-c", str(source), "-o", str(compiled)])
-            _output([compiler, "-shared", str(compiled), "-o", str(linked)])  # no -fopenmp: torch's runtime serves
+            _output([program, *FLAGS, f"-I{HEADER.parent}", "-c", str(source), "-o", str(compiled)])
+            _output([program, "-shared", str(compiled), "-o", str(linked)])  # no -fopenmp: torch's runtime serves
             linked.replace(library)  # at once: another process may look for it now
     return library
 

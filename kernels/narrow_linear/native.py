@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avl_fx.kernels.native import load
+from avl_fx.kernels.narrow_linear.schema import MAX_ROWS
+from avl_fx.kernels.native import bind
 
 __all__ = ["is_available", "narrow_linear_native"]
 
@@ -19,13 +20,7 @@ _Sizes = ctypes.c_int64 * 6
 
 @cache
 def _function() -> Callable[..., None] | None:
-    library = load(Path(__file__).with_name("native.cpp"))
-    if library is None:
-        return None
-    function = library.avl_narrow_linear
-    function.argtypes = [*[ctypes.c_void_p] * 4, _Sizes]
-    function.restype = None
-    return function
+    return bind(Path(__file__).with_name("native.cpp"), "avl_narrow_linear", [*[ctypes.c_void_p] * 4, _Sizes])
 
 
 def is_available() -> bool:
@@ -35,8 +30,6 @@ def is_available() -> bool:
 
 def narrow_linear_native(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """`avl::narrow_linear`; see the schema for shapes. ``None``: not for these tensors, or there is no compiler."""
-    from avl_fx.kernels.narrow_linear.schema import MAX_ROWS
-
     function = _function()
     if function is None or input.dtype != torch.float32 or weight.dtype != torch.float32:
         return None

@@ -59,7 +59,7 @@ extern "C" int64_t avl_reselect(const float* weights, const int64_t* slots, int6
     if (kept < width) std::nth_element(order.begin(), order.begin() + kept, order.end(), better);
     std::vector<char> chosen(width, 0);
     for (int64_t i = 0; i < std::min(kept, width); ++i) chosen[order[i]] = 1;
-    int64_t moves = 0, leaving = 0;
+    int64_t moves = 0;
     int64_t *from = source + task * room, *to = target + task * room;
     std::vector<int64_t> here, there;
     for (int64_t j = 0; j < width; ++j) {
@@ -67,8 +67,7 @@ extern "C" int64_t avl_reselect(const float* weights, const int64_t* slots, int6
       if (j >= kept && chosen[j]) there.push_back(j);
     }
     for (size_t i = 0; i < there.size(); ++i) {
-      leaving = slot[here[i]];
-      const int64_t entering = slot[there[i]];
+      const int64_t leaving = slot[here[i]], entering = slot[there[i]];
       to[moves] = leaving, from[moves++] = entering;
       to[moves] = entering, from[moves++] = leaving;
       std::swap(token[here[i]], token[there[i]]);

@@ -10,40 +10,37 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avl_fx.kernels.native import load
+from avl_fx.kernels.native import bind
 
 __all__ = ["forget_native", "partition_native", "reselect_native"]
 
 _MoveSizes, _SelectSizes, _ForgetSizes = ctypes.c_int64 * 14, ctypes.c_int64 * 7, ctypes.c_int64 * 6
 
 
+_pointer = ctypes.c_void_p
+
+
 @cache
-def _library() -> ctypes.CDLL | None:
-    library = load(Path(__file__).with_name("native.cpp"))
-    if library is not None:
-        pointer = ctypes.c_void_p
-        library.avl_partition.argtypes = [pointer, pointer, pointer, _MoveSizes]
-        library.avl_partition.restype = None
-        library.avl_reselect.argtypes = [*[pointer] * 7, _SelectSizes]
-        library.avl_reselect.restype = ctypes.c_int64
-    return library
+def _move() -> Callable[..., None] | None:
+    return bind(Path(__file__).with_name("native.cpp"), "avl_partition", [*[_pointer] * 3, _MoveSizes])
+
+
+@cache
+def _reselect() -> Callable[..., int] | None:
+    arguments = [*[_pointer] * 7, _SelectSizes]
+    return bind(Path(__file__).with_name("native.cpp"), "avl_reselect", arguments, ctypes.c_int64)
 
 
 @cache
 def _forget() -> Callable[..., int] | None:
-    library = load(Path(__file__).with_name("text_window.cpp"))
-    if library is None:
-        return None
-    function = library.avl_forget
-    function.argtypes = [*[ctypes.c_void_p] * 9, _ForgetSizes, ctypes.c_double]
-    function.restype = ctypes.c_int64
-    return function
+    arguments = [*[_pointer] * 9, _ForgetSizes, ctypes.c_double]
+    return bind(Path(__file__).with_name("text_window.cpp"), "avl_forget", arguments, ctypes.c_int64)
 
 
 def partition_native(key: Tensor | None, value: Tensor | None, source: Tensor, slots: Tensor) -> bool:
     """`avl::partition_`; see the schema for shapes. False: there is no compiler, and nothing was done."""
-    library = _library()
-    if library is None:
+    function = _move()
+    if function is None:
         return False
     for tensor in (key, value):
         if tensor is None or tensor.numel() == 0:
@@ -57,7 +54,7 @@ def partition_native(key: Tensor | None, value: Tensor | None, source: Tensor, s
             *from_,
             *to,
         )
-        library.avl_partition(tensor.data_ptr(), source.data_ptr(), slots.data_ptr(), sizes)
+        function(tensor.data_ptr(), source.data_ptr(), slots.data_ptr(), sizes)
     return True
 
 
@@ -77,14 +74,14 @@ def reselect_native(
     Returns:
         ``(source, slots)`` int64 ``[batch, groups, moves]`` as `avl::partition_` takes them; ``None``: no compiler.
     """
-    library = _library()
-    if library is None:
+    function = _reselect()
+    if function is None:
         return None
     batch, groups, visual = tokens.shape
     source, target = (torch.empty(batch, groups, room, dtype=torch.int64) for _ in range(2))
     tensors = (weights.contiguous(), slots.contiguous(), tokens, core, secondary, source, target)
     sizes = _SelectSizes(batch, weights.shape[1], groups, weights.shape[2], visual, room, torch.get_num_threads())
-    moves = library.avl_reselect(*(tensor.data_ptr() for tensor in tensors), sizes)
+    moves = function(*(tensor.data_ptr() for tensor in tensors), sizes)
     return source[..., :moves], target[..., :moves]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avl_fx.kernels.native import load
+from avl_fx.kernels.native import bind
 from avl_fx.kernels.partitioned_decode.capacity import check_spare_row
 
 __all__ = ["partitioned_decode_native"]
@@ -23,13 +23,8 @@ _NO_STRIDES = (0, 0, 0)
 
 @cache
 def _function() -> Callable[..., None] | None:
-    library = load(Path(__file__).with_name("native.cpp"))
-    if library is None:
-        return None
-    function = library.avl_partitioned_decode
-    function.argtypes = [ctypes.c_int64, _Pointers, _Sizes, ctypes.c_float]
-    function.restype = None
-    return function
+    arguments = [ctypes.c_int64, _Pointers, _Sizes, ctypes.c_float]
+    return bind(Path(__file__).with_name("native.cpp"), "avl_partitioned_decode", arguments)
 
 
 def partitioned_decode_native(

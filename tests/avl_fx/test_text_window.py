@@ -8,14 +8,16 @@ from hypothesis import strategies as st
 from avl_fx.kernels.partition import native
 from avl_fx.policies import TextPolicy
 from avl_fx.text_window import TextWindow
+from tests._compiler import skip_without_compiler
 
 KV_HEADS = 2
 
 
 @pytest.fixture(params=["native", "python"], autouse=True, scope="module")
 def implementation(request):
-    if request.param == "native" and native._forget() is None:
-        pytest.skip("no C++ compiler")
+    if request.param == "native":
+        skip_without_compiler()
+        assert native._forget() is not None
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "python":
             patch.setattr(native, "_forget", lambda: None)

@@ -7,14 +7,16 @@ from hypothesis import strategies as st
 
 from avl_fx.kernels.narrow_linear import MAX_ROWS, cpu, is_available, narrow_linear_reference
 from avl_fx.kernels.narrow_linear.native import narrow_linear_native
+from tests._compiler import skip_without_compiler
 
 narrow_linear = torch.ops.avl.narrow_linear
 
 
 @pytest.fixture(params=["native", "aten"], autouse=True, scope="module")
 def implementation(request):
-    if request.param == "native" and not is_available():
-        pytest.skip("no C++ compiler")
+    if request.param == "native":
+        skip_without_compiler()
+        assert is_available()
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "aten":
             patch.setattr(cpu, "narrow_linear_native", lambda *args: None)

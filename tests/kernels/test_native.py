@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from avl_fx.kernels import native
+from tests._compiler import needs_compiler
 
 SOURCE = """#include "vectors.h"
 extern "C" int answer() {
@@ -19,7 +20,7 @@ extern "C" int answer() {
 }
 """
 
-pytestmark = pytest.mark.skipif(native.shutil.which("g++") is None, reason="no g++")
+pytestmark = needs_compiler
 
 
 @pytest.fixture

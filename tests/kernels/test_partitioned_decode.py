@@ -19,6 +19,7 @@ from avl_fx.kernels.partitioned_decode import IMPLEMENTATIONS, cpu, partitioned_
 from avl_fx.kernels.partitioned_decode.aten import partitioned_decode_aten
 from avl_fx.kernels.partitioned_decode.capacity import with_spare_row
 from avl_fx.kernels.partitioned_decode.native import _function
+from tests._compiler import skip_without_compiler
 
 TOLERANCE = {
     torch.float64: 1e-6,  # the weights are float32
@@ -40,8 +41,9 @@ Rows = list[list[tuple[int, int]]]
 @pytest.fixture(params=["native", "aten"], autouse=True, scope="module")
 def cpu_implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """All tests run with the C++ kernel, and with what serves where there is no compiler."""
-    if request.param == "native" and _function() is None:
-        pytest.skip("no C++ compiler")
+    if request.param == "native":
+        skip_without_compiler()
+        assert _function() is not None
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "aten":
             patch.setattr(cpu, "partitioned_decode_native", lambda *args: None)

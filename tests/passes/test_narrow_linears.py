@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from avl_fx.kernels.narrow_linear import MAX_ROWS, is_available
+from avl_fx.kernels.narrow_linear import MAX_ROWS
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.nodes import op
 from avl_fx.passes.pipeline import run_stages
 from avl_fx.plan import Plan
+from tests._compiler import needs_compiler
 from tests.passes._graphs import check, rewrite
 
-pytestmark = pytest.mark.skipif(not is_available(), reason="no C++ compiler")
+pytestmark = needs_compiler
 
 
 def rows(*shape, **kwargs):
