@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 WORKERS ?= 2
+GPU_PYTHON ?= $(BIN)/python
 # The workers share the cores, so each one computes on a single thread; one that runs out of tests takes another's.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 TYPECHECK := .cache/typecheck
@@ -12,7 +13,7 @@ TYPECHECK := .cache/typecheck
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: help demo test test-matrix test-inductor test-full test-slow test-mutations lint format bench clean
+.PHONY: help demo test test-matrix test-inductor test-full test-slow test-mutations lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -62,6 +63,10 @@ format: $(STAMP)  ## put the code into the one format
 
 bench: $(STAMP)  ## ratios against compiled baselines, measured in the same run
 	$(BIN)/python -m benchmarks.run
+
+# On a GPU machine without network: `make bench-gpu GPU_PYTHON=python3`, whatever environment that is.
+bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))  ## the tests that need a GPU, and 7B shapes against compiled baselines
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:  ## remove everything that the other targets made, except $(VENV)
 	rm -rf $(TYPECHECK) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

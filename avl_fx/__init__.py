@@ -7,6 +7,7 @@
 """
 
 from avl_fx.backend import avl_backend
+from avl_fx.cache import AVLCache
 from avl_fx.errors import AvlError
 from avl_fx.explain import explain
 from avl_fx.modality import modality_ids
@@ -15,4 +16,14 @@ from avl_fx.regions import compile, uncompile
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["AvlError", "Plan", "__version__", "avl_backend", "compile", "explain", "modality_ids", "uncompile"]
+__all__ = [
+    "AVLCache",
+    "AvlError",
+    "Plan",
+    "__version__",
+    "avl_backend",
+    "compile",
+    "explain",
+    "modality_ids",
+    "uncompile",
+]

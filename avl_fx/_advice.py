@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from avl_fx._words import ranges
+from avl_fx._advice_reads import READS_RULES, how_to_name_them
+from avl_fx._words import WHOLE, ranges
 from avl_fx.passes.site import Reason
 from avl_fx.plan import Plan
-from avl_fx.report import DecoderReport, GraphReport, SiteReport
+from avl_fx.report import DecodeReads, DecoderReport, GraphReport, KVReport, SiteReport
 
 __all__ = ["Facts", "advise"]
-
-_WHOLE = "avl_fx.compile(model, plan=...)"
 
 _REMEDIES: dict[Reason, str] = {
     Reason.DROPOUT: "call model.eval()",
     Reason.FLEX: "load the model with attn_implementation='sdpa'",
     Reason.WEIGHTS_USED: "drop output_attentions=True",
-    Reason.ANCHOR_ELSEWHERE: f"capture the decoder as one graph with {_WHOLE}",
+    Reason.ANCHOR_ELSEWHERE: f"capture the decoder as one graph with {WHOLE}",
     Reason.ANCHOR_KIND: "keep layers of one kind (full, sliding) in a block",
     Reason.ANCHOR_GEOMETRY: "keep layers of one shape in a block",
     Reason.ANCHOR_MASK: "keep layers with one mask in a block",
     Reason.ANCHOR_SCALE: "keep layers with one scale in a block",
     Reason.ANCHOR_REFUSED: "start the block at another layer",
-    Reason.LAYER_UNKNOWN: f"capture the decoder as one graph with {_WHOLE}",
+    Reason.NO_CACHE: "without a cache there is nothing to read less of; leave out use_cache=False",
+    Reason.POSITION_MASK: "dense under the sections vision and text; sliding windows read few keys anyway",
+    Reason.NOT_THE_CACHE: "dense under the sections vision and text, which move rows of the cache itself",
+    Reason.LAYER_UNKNOWN: f"capture the decoder as one graph with {WHOLE}",
 }
 
 
@@ -44,13 +46,17 @@ class Facts:
     generated: bool
     """Whether the model's own `generate` ran; else it was called once."""
     recompile_limit: int
+    reads: DecodeReads | None
+    kv: KVReport | None
+    grows_in_place: bool
+    """Whether a decode graph stores its rows in spare room instead of copying the cache."""
 
 
 def advise(facts: Facts) -> tuple[str, ...]:
     """All advice that applies, the most important first."""
     return tuple(
         line
-        for rule in (_failures, _missing, _pieces, _refusals, _vision, _visual, _training, _no_decode)
+        for rule in (_failures, _missing, _pieces, _refusals, *READS_RULES, _vision, _visual, _training, _no_decode)
         for line in rule(facts)
     )
 
@@ -75,7 +81,7 @@ def _missing(facts: Facts) -> Iterator[str]:
         if facts.front_door == "avl_fx.compile":
             yield f"{what}: their attention was not captured, or is of a kind that is not recognised."
         else:
-            yield f"{what}; {_WHOLE} captures the decoder by itself."
+            yield f"{what}; {WHOLE} captures the decoder by itself."
 
 
 def _pieces(facts: Facts) -> Iterator[str]:
@@ -87,12 +93,12 @@ def _pieces(facts: Facts) -> Iterator[str]:
     each = "one each" if graphs == layers else "a part each"
     expected = facts.decoder.expected
     start = f"{phase}: {layers if expected is None else expected} decoder layers expected, {graphs} graphs hold {each}"
-    remedy = f"use {_WHOLE}" if facts.front_door != "avl_fx.compile" else "see the graph breaks above"
+    remedy = f"use {WHOLE}" if facts.front_door != "avl_fx.compile" else "see the graph breaks above"
     yield f"{start}, and a lazy block cannot reach across graphs: {remedy}."
     if graphs > facts.recompile_limit:
         yield (
             f"Dynamo stops compiling a function after {facts.recompile_limit} graphs (explain lifted that limit): in a "
-            f"real run the layers beyond run eagerly. Use {_WHOLE}, or raise torch._dynamo.config.recompile_limit."
+            f"real run the layers beyond run eagerly. Use {WHOLE}, or raise torch._dynamo.config.recompile_limit."
         )
 
 
@@ -116,14 +122,14 @@ def _vision(facts: Facts) -> Iterator[str]:
         yield f"No attention of the vision encoder {path} was captured: see the graph breaks above."
     else:
         why = "generate calls it outside of forward" if facts.generated else "see the graph breaks above"
-        yield f"The vision encoder {path} ran eagerly ({why}): {_WHOLE} compiles it too."
+        yield f"The vision encoder {path} ran eagerly ({why}): {WHOLE} compiles it too."
 
 
 def _visual(facts: Facts) -> Iterator[str]:
-    if not facts.visual_known:
+    if not facts.visual_known and facts.reads is None:  # else a rule for what decode steps read says it
         yield (
-            "No visual positions were found: policies for visual keys would not apply. If the prompt has images, use "
-            f"{_WHOLE}, or name them with avl_fx.modality_ids(ids)."
+            "No visual positions were found: policies for visual keys would not apply. If the prompt has images, "
+            f"{how_to_name_them(facts)}."
         )
 
 

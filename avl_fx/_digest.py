@@ -6,7 +6,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
 from typing import Any
 
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from avl_fx import _compat, regions
 from avl_fx._advice import Facts, advise
+from avl_fx._digest_reads import decode_reads, is_partitioned
+from avl_fx.cache import AVLCache
 from avl_fx.passes.share_queries import DECODER_ROLES
 from avl_fx.passes.site import Site
 from avl_fx.plan import Plan
 from avl_fx.record import GraphRecord, Recorder
 from avl_fx.report import (
+    DecodeReads,
     DecoderReport,
     ForwardReport,
     GraphReport,
@@ -30,7 +33,16 @@ from avl_fx.report import (
     SiteReport,
     TowerReport,
 )
-from avl_fx.savings import attention_flops, cache_bytes, dense_cache_bytes, key_bytes, kv_bytes, rope_flops
+from avl_fx.savings import (
+    attention_flops,
+    cache_bytes,
+    dense_cache_bytes,
+    key_bytes,
+    kv_bytes,
+    rope_flops,
+    scoring_flops,
+    spare_bytes,
+)
 
 __all__ = ["Run", "digest", "visual_spans"]
 
@@ -70,6 +82,8 @@ def digest(run: Run) -> Report:
     decoder = [s for s in sites if s.role in DECODER_ROLES and s.tower in decoder_towers]
     graphs = tuple(_graph(record, captured[record.index], calls[record.index], decoder) for record in records)
     coverage = _coverage(run, sites, decoder)
+    reads = decode_reads(run.plan, run.recorder, run.forwards, decoder)
+    kv, passes = _kv(run, decoder), _passes(records)
     spans = visual_spans(run.recorder.visual[0]) if run.recorder.visual else None
     vision = next((r.name for r in regions.find_regions(run.model) if r.role == "vision"), None)
     facts = Facts(
@@ -83,6 +97,9 @@ def digest(run: Run) -> Report:
         was_training=run.was_training,
         generated=run.generated,
         recompile_limit=_compat.recompile_limit(),
+        reads=reads,
+        kv=kv,
+        grows_in_place=any(p.name == "append_in_place" and p.count for p in passes),
     )
     return Report(
         model=type(run.model).__name__,
@@ -95,12 +112,13 @@ def digest(run: Run) -> Report:
         forwards=tuple(run.forwards),
         graphs=graphs,
         towers=_towers(sites, run.model),
-        sites=sites,
+        sites=tuple(_as_it_ran(site, reads) for site in sites),
         decoder=coverage,
         visual=spans,
-        savings=_savings(run, graphs, decoder),
-        kv=_kv(run, decoder),
-        passes=_passes(records),
+        savings=_savings(run, graphs, decoder, reads),
+        kv=kv,
+        decode_reads=reads,
+        passes=passes,
         breaks=run.breaks,
         advice=advise(facts),
         stopped=run.stopped,
@@ -187,6 +205,13 @@ def _site(
     facts = {name: value for name, value in site.to_dict().items() if name in known}
     named = {"tower": tower, "layer": layer, "module_path": path, "module_class": _class_at(model, path)}
     return SiteReport(graph=record.index, phases=phases, **{**facts, **named})
+
+
+def _as_it_ran(site: SiteReport, reads: DecodeReads | None) -> SiteReport:
+    """A site that was made to read less, and did not: with the reason."""
+    if reads is None or reads.undivided is None or reads.steps.keys() - {"all"} or not is_partitioned(site):
+        return site
+    return replace(site, detail=f"not in this run: {reads.undivided}")
 
 
 def _full_path(site: Site, record: GraphRecord, model: nn.Module, names: dict[int, str]) -> str:
@@ -276,7 +301,9 @@ def _is_lazy(site: SiteReport) -> bool:
     return site.action.startswith("lazy")
 
 
-def _savings(run: Run, graphs: Sequence[GraphReport], decoder: Sequence[SiteReport]) -> tuple[SavingsReport, ...]:
+def _savings(
+    run: Run, graphs: Sequence[GraphReport], decoder: Sequence[SiteReport], reads: DecodeReads | None
+) -> tuple[SavingsReport, ...]:
     """FLOPs of the last forward of each phase."""
     last = {forward.phase: forward for forward in run.forwards}
     rotates = _rotates(run.model)
@@ -285,7 +312,7 @@ def _savings(run: Run, graphs: Sequence[GraphReport], decoder: Sequence[SiteRepo
         ran = [(graphs[index], calls) for index, calls in forward.graphs.items()]
         sites = [s for s in decoder if s.graph in forward.graphs]
         lazy = [s for s in sites if _is_lazy(s)]
-        length = _cache_length(run, decoder)
+        dense = _attention(sites, _cache_length(run, decoder))
         found.append(
             SavingsReport(
                 phase=phase,
@@ -293,10 +320,27 @@ def _savings(run: Run, graphs: Sequence[GraphReport], decoder: Sequence[SiteRepo
                 linear_before=sum(graph.linear_flops_before * calls for graph, calls in ran),
                 linear_after=sum(graph.linear_flops_after * calls for graph, calls in ran),
                 rope_saved=sum(_rope(s) for s in lazy) if rotates else 0,
-                attention=_attention(sites, length),
+                attention=dense,
+                attention_plan_flops=None if dense is None else dense + _partitioning(run.plan, sites, reads),
             )
         )
     return tuple(found)
+
+
+def _partitioning(plan: Plan, sites: Sequence[SiteReport], reads: DecodeReads | None) -> float:
+    """FLOPs of attention that partitioning adds (scores of a prompt) or saves (the average decode step)."""
+    partitioned = [s for s in sites if is_partitioned(s)]
+    if any(s.queries == 1 for s in partitioned):
+        if reads is None or reads.total is None or "all" in reads.steps:  # steps that were dense saved nothing
+            return 0
+        return reads.total.mean.attention_flops - reads.total.dense.attention_flops
+    window = 1 if plan.vision_policy is None else plan.vision_policy.scoring_window
+    return sum(
+        scoring_flops(s.batch, s.heads, min(window, s.queries), s.keys, s.head_dim)
+        for s in partitioned
+        if not _is_lazy(s)
+        if isinstance(s.batch, int) and isinstance(s.queries, int) and isinstance(s.keys, int)
+    )
 
 
 def _rotates(model: nn.Module) -> bool:
@@ -339,8 +383,14 @@ def _kv(run: Run, decoder: Sequence[SiteReport]) -> KVReport | None:
     dropped = tuple(sorted({s.layer for s in sites if _is_lazy(s) and s.layer is not None}))
     length = _cache_length(run, decoder)
     dense = plan = 0
-    if run.cache is not None:
-        dense, plan = dense_cache_bytes(run.cache), cache_bytes(run.cache)
+    spare = None
+    kinds = {s.cache for s in sites}
+    kind = kinds.pop() if len(kinds) == 1 else "other"
+    if isinstance(run.cache, AVLCache):
+        kind, dense, plan = "compact", run.cache.dense_bytes, run.cache.stored_bytes
+        spare = run.cache.allocated_bytes - plan
+    elif run.cache is not None:
+        dense, plan, spare = dense_cache_bytes(run.cache), cache_bytes(run.cache), spare_bytes(run.cache)
     else:
         for site in sites:
             batch = site.batch if isinstance(site.batch, int) else 1
@@ -351,6 +401,4 @@ def _kv(run: Run, decoder: Sequence[SiteReport]) -> KVReport | None:
             plan += stored
             if _is_lazy(site) and site.cache != "static":
                 plan -= key_bytes(batch, site.kv_heads, keys, site.head_dim, itemsize)
-    kinds = {s.cache for s in sites}
-    kind = kinds.pop() if len(kinds) == 1 else "other"
-    return KVReport(length, sites[0].dtype, kind, dense, plan, dropped, measured=run.cache is not None)
+    return KVReport(length, sites[0].dtype, kind, dense, plan, dropped, run.cache is not None, spare)

@@ -7,21 +7,19 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.box import Box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from avl_fx._words import ascii_only, count, either, flops, kib, percent, ranges, seconds, symbols
+from avl_fx._render_reads import render_reads
+from avl_fx._table import ascii_table, cell
+from avl_fx._words import ascii_only, count, either, flops, flops_change, kib, percent, ranges, seconds, symbols
 
 if TYPE_CHECKING:
     from avl_fx.report import GraphReport, Report, SavingsReport, SiteReport, TowerReport
 
-__all__ = ["ascii_table", "cell", "render_report", "to_html", "to_text"]
-
-ASCII_LINES = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
-"""A line under the header, and no others."""
+__all__ = ["render_report", "to_html", "to_text"]
 
 _SHOWN_ROWS = 4
 _SHOWN_SHAPES = 3
@@ -43,19 +41,6 @@ def to_html(renderable: Any, width: int) -> str:
     return console.export_html(inline_styles=True, code_format='<pre style="line-height:1.25">{code}</pre>')
 
 
-def ascii_table(*columns: str) -> Table:
-    """An empty table in the one style."""
-    table = Table(box=ASCII_LINES, header_style="dim", padding=(0, 1), show_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def cell(text: str, style: str = "") -> Text:
-    """Text as it is: brackets are no markup, and everything is ASCII."""
-    return Text(ascii_only(text), style=style)
-
-
 def render_report(report: Report) -> Group:
     """The whole report, from what was run to what to do about it."""
     parts: list[RenderableType] = [cell(f"avl_fx explain: {report.model}", "bold"), _summary(report)]
@@ -64,6 +49,8 @@ def render_report(report: Report) -> Group:
     parts += [_heading("Graphs"), _graph_table(report.graphs), *_failures(report.graphs)]
     if report.savings or report.kv:
         parts += [_heading("What the plan saves"), _savings_table(report.savings), *_kv_lines(report)]
+    if report.decode_reads is not None:
+        parts += [_heading("What a decode step reads"), *map(_indented, render_reads(report, report.decode_reads))]
     parts += [_heading("Time"), *_time_lines(report)]
     if report.stopped:
         parts += [_heading("The run stopped early", "bold red"), _indented(cell(report.stopped, "red"))]
@@ -186,9 +173,13 @@ def _facts(site: SiteReport) -> Hashable:
 
 
 def _outcome(site: SiteReport) -> Text:
+    detail = f" ({site.detail})" if site.detail else ""
     if site.status == "refused":
-        return cell(f"refused: {site.reason}" + (f" ({site.detail})" if site.detail else ""), "red")
-    return cell(site.action, {"anchor": "bold green", "dense": ""}.get(site.action, "green"))
+        # One section of the plan may have been applied, and the next refused.
+        before = "" if site.action == "dense" else f"{site.action}; "
+        return cell(f"{before}refused: {site.reason}{detail}", "red")
+    style = "" if site.action == "dense" else "yellow" if detail else "green"
+    return cell(site.action + detail, f"bold {style}" if site.action.startswith("anchor") else style)
 
 
 # ---- graphs ------------------------------------------------------------------------------------------------------
@@ -242,17 +233,27 @@ def _change(before: Sequence[int], after: Sequence[int]) -> str:
 
 
 def _savings_table(savings: Iterable[SavingsReport]) -> Table:
-    table = ascii_table("one forward", "matmuls with a weight", "q and k projections", "RoPE", "attention (unchanged)")
+    savings = tuple(savings)
+    changed = any(phase.attention != phase.attention_plan_flops for phase in savings)
+    attention = "attention" if changed else "attention (unchanged)"
+    table = ascii_table("one forward", "matmuls with a weight", "q and k projections", "RoPE", attention)
     for phase in savings:
         saved = phase.linear_before - phase.linear_after
         table.add_row(
             phase.phase,
-            flops(phase.linear_before) + (f" -> {flops(phase.linear_after)}" if saved else ""),
+            flops_change(phase.linear_before, phase.linear_after) if saved else flops(phase.linear_before),
             cell(f"-{flops(saved)} ({percent(saved, phase.linear_before)})", "green") if saved else "-",
             f"-{flops(phase.rope_saved)}" if phase.rope_saved else "-",
-            "unknown" if phase.attention is None else flops(phase.attention),
+            _attention(phase),
         )
     return table
+
+
+def _attention(phase: SavingsReport) -> Text:
+    dense, plan = phase.attention, phase.attention_plan_flops
+    if dense is None or plan is None:
+        return cell("unknown")
+    return cell(flops(dense)) if plan == dense else cell(flops_change(dense, plan), "green" if plan < dense else "")
 
 
 def _kv_lines(report: Report) -> list[Padding]:
@@ -266,6 +267,10 @@ def _kv_lines(report: Report) -> list[Padding]:
     if kv.dropped_layers:
         why = "not written, but a static cache keeps its buffers" if kv.kind == "static" else "not stored"
         line.append(f"; keys of layers {ranges(kv.dropped_layers)} are {why}")
+    if kv.kind != "compact" and report.decode_reads is not None and report.decode_reads.total is not None:
+        line.append("; rows that a step does not read are stored as before: nothing is lost")
+    if kv.spare_bytes:
+        line.append(f"; room for later tokens takes {kib(kv.spare_bytes)} more")
     return [_indented(line)]
 
 

@@ -5,7 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["ascii_only", "count", "either", "flops", "kib", "percent", "ranges", "seconds", "symbols"]
+__all__ = [
+    "WHOLE",
+    "ascii_only",
+    "count",
+    "either",
+    "flops",
+    "flops_change",
+    "kib",
+    "percent",
+    "ranges",
+    "seconds",
+    "symbols",
+]
+
+WHOLE = "avl_fx.compile(model, plan=...)"
+"""The front door that captures the decoder as one piece, as advice writes it."""
 
 
 def count(number: int, noun: str) -> str:
@@ -20,6 +35,12 @@ def flops(number: float) -> str:
             return f"{number:.3g} {prefix}FLOP"
         number /= 1000
     return f"{number:.3g} PFLOP"
+
+
+def flops_change(before: float, after: float) -> str:
+    """``34.4 -> 31.2 MFLOP``: the unit once where it is the same."""
+    left, unit = flops(before).split()
+    return f"{left} -> {flops(after)}" if flops(after).endswith(f" {unit}") else f"{left} {unit} -> {flops(after)}"
 
 
 def kib(number: float) -> str:

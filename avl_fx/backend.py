@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from avl_fx import _compat
-from avl_fx.errors import AvlError, InternalError
+from avl_fx.errors import AvlError, CacheStateError, InternalError
 from avl_fx.modality import carried, given
 from avl_fx.options import BackendOptions, parse_options
 from avl_fx.passes.context import PassContext
@@ -66,10 +66,12 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
     record.frame = None if frame is None else weakref.ref(frame)
     ctx = _make_context(gm, example_inputs, options)
     start = time.perf_counter()
+    past = _past_rows(gm)
     untouched, gm = gm, _compat.copy_module(gm)
     try:
         record.passes = run_stages(gm, ctx)
         _check_depth(ctx, options)
+        _check_cache(ctx, options)
     except AvlError:
         raise
     except Exception as error:
@@ -99,7 +101,7 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
     record.compile_seconds = time.perf_counter() - start
     if recorder is not None:
         recorder.graphs.append(record)
-    return CompiledGraph.of(compiled, ctx, record, dense_keys)
+    return CompiledGraph.of(compiled, ctx, record, dense_keys, past)
 
 
 def _make_context(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> PassContext:
@@ -128,6 +130,16 @@ def _check_depth(ctx: PassContext, options: BackendOptions) -> None:
         depth = depths.pop() if len(depths) == 1 else None
     if depth is not None and decoder_sites(ctx):
         options.plan.check_depth(depth)
+
+
+def _check_cache(ctx: PassContext, options: BackendOptions) -> None:
+    """A compact cache stores what its own plan keeps; another plan may read what it dropped."""
+    if ctx.compact is not None and ctx.compact.plans != {options.plan.fingerprint()}:
+        raise CacheStateError(
+            f"this AVLCache was made for another plan than the model is compiled with ({options.plan})",
+            field="past_key_values",
+            remedy="write AVLCache(plan, model.config) with the plan of avl_fx.compile or of the backend's options",
+        )
 
 
 def _warn_of_dense_layers(ctx: PassContext, options: BackendOptions) -> None:
@@ -162,6 +174,14 @@ def _dense_keys(gm: fx.GraphModule, ctx: PassContext) -> tuple[tuple[int, int | 
             if source in inputs:
                 found.setdefault(inputs[source], site.layer)
     return tuple(sorted(found.items(), key=lambda item: item[0]))
+
+
+def _past_rows(gm: fx.GraphModule) -> tuple[int, ...]:
+    """Inputs ``[batch, kv_heads, keys, dim]`` that the graph appends to, as a DynamicCache does."""
+    inputs = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    grown = (n.args[0] for n in gm.graph.nodes if op(n) == "cat" and isinstance(n.args[0], tuple | list))
+    firsts = (alias_root(parts[0]) for parts in grown if len(parts) == 2 and isinstance(parts[0], fx.Node))
+    return tuple(sorted({inputs[n] for n in firsts if n in inputs and len(shape(n) or ()) == 4}))
 
 
 def _cached_inputs(attention: fx.Node) -> list[fx.Node]:

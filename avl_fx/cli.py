@@ -15,7 +15,7 @@ from rich.text import Text
 from avl_fx import __version__, env_report
 from avl_fx._factory import call_factory
 from avl_fx._messages import quote
-from avl_fx._render import ascii_table, cell
+from avl_fx._table import ascii_table, cell
 from avl_fx._words import count, ranges
 from avl_fx.errors import AvlError, OptionError, PlanError
 from avl_fx.explain import FRONT_DOORS, explain

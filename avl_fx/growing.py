@@ -17,10 +17,13 @@ from torch import Tensor
 
 from avl_fx.passes.context import GrowingTensor
 
-__all__ = ["GrowingCache", "claim", "has_room", "longer", "reserve"]
+__all__ = ["COMPACT_SPARE_ROWS", "GrowingCache", "claim", "has_room", "longer", "reserve", "room", "shorter"]
 
 SPARE_ROWS = 256
 """Room for so many tokens at least, or for an eighth of those that are there; then a larger buffer is made."""
+
+COMPACT_SPARE_ROWS = 32
+"""The same for a cache that is there to save memory."""
 
 _ATTRIBUTE = "_avl_buffer"
 _RETURNED = "_avl_returned"
@@ -33,21 +36,33 @@ class _Buffer:
     address: int
     taken: int
     """Rows that some view shows."""
+    spare: int
+    """Least number of spare rows of the buffer that takes its place."""
 
 
-def reserve(rows: Tensor, capacity: int | None = None) -> Tensor:
+def reserve(rows: Tensor, capacity: int | None = None, spare: int | None = None) -> Tensor:
     """A copy of ``rows`` ``[batch, kv_heads, keys, dim]`` in a buffer with spare rows behind them.
 
     Args:
         rows: a cache tensor.
-        capacity: rows of the buffer; by default as many as there are and `SPARE_ROWS` or an eighth more.
+        capacity: rows of the buffer; by default as many as there are and ``spare`` or an eighth more.
+        spare: least number of spare rows, of this buffer and of those that take its place when it is full; by default
+            `SPARE_ROWS`.
     """
-    batch, heads, keys, dim = rows.shape
+    keys = rows.shape[2]
+    view = room(rows, keys, capacity, spare)
+    view.copy_(rows)
+    return view
+
+
+def room(like: Tensor, keys: int, capacity: int | None = None, spare: int | None = None) -> Tensor:
+    """As `reserve`, for ``keys`` rows that are still to be written; sizes, dtype and device of ``like``."""
+    batch, heads, _, dim = like.shape
+    spare = SPARE_ROWS if spare is None else spare
     if capacity is None:
-        capacity = -(-(keys + max(SPARE_ROWS, keys // 8)) // 64) * 64
-    buffer = rows.new_empty(batch, heads, capacity, dim)
-    buffer[:, :, :keys].copy_(rows)
-    return _view(buffer, keys, _Buffer(buffer.untyped_storage().data_ptr(), keys))
+        capacity = -(-(keys + max(spare, keys // 8)) // 64) * 64
+    buffer = like.new_empty(batch, heads, capacity, dim)
+    return _view(buffer, keys, _Buffer(buffer.untyped_storage().data_ptr(), keys, spare))
 
 
 def has_room(tensor: Tensor) -> bool:
@@ -66,16 +81,29 @@ def claim(view: Tensor) -> Tensor:
             if buffer.taken == keys:
                 buffer.taken = keys + 1
                 return view
-    copied = reserve(view, capacity=view.stride(1) // view.stride(2))
+    spare = None if buffer is None else buffer.spare
+    copied = reserve(view, view.stride(1) // view.stride(2), spare)
     getattr(copied, _ATTRIBUTE).taken = keys + 1
     return copied
 
 
 def longer(claimed: Tensor) -> Tensor:
     """The view of one row more than ``claimed``, which was stored meanwhile; always with a spare row behind it."""
-    keys = claimed.shape[2] + 1
-    view = _view(claimed, keys, getattr(claimed, _ATTRIBUTE))
-    return view if keys < claimed.stride(1) // claimed.stride(2) else reserve(view)
+    keys, buffer = claimed.shape[2] + 1, getattr(claimed, _ATTRIBUTE)
+    view = _view(claimed, keys, buffer)
+    return view if keys < claimed.stride(1) // claimed.stride(2) else reserve(view, spare=buffer.spare)
+
+
+def shorter(view: Tensor, keys: int) -> Tensor:
+    """``view`` without its rows from ``keys`` on, which nobody else shows: the next one is stored there again."""
+    buffer = getattr(view, _ATTRIBUTE, None)
+    if keys == view.shape[2]:
+        return view
+    if buffer is None:
+        return view[:, :, :keys]
+    with _lock:
+        buffer.taken = keys
+    return _view(view, keys, buffer)
 
 
 def _view(buffer: Tensor, keys: int, owner: _Buffer) -> Tensor:

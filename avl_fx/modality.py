@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar, Token
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,19 @@ from torch import Tensor
 
 from avl_fx.errors import ModalityError
 
-__all__ = ["attach", "carried", "given", "modality_ids", "pop_given", "push_given", "visual_from_ids"]
+__all__ = ["attach", "carried", "given", "given_keys", "modality_ids", "pop_given", "push_given", "visual_from_ids"]
 
 _ATTRIBUTE = "_avl_visual_positions"
-_given: ContextVar[Tensor | None] = ContextVar("avl_fx_visual_positions", default=None)
+
+
+@dataclass
+class _Given:
+    visual: Tensor
+    first: int | None = None
+    """The key position that they start at; ``None`` until a forward that is as long as they are tells."""
+
+
+_given: ContextVar[_Given | None] = ContextVar("avl_fx_visual_positions", default=None)
 
 
 @contextlib.contextmanager
@@ -33,13 +43,15 @@ def modality_ids(ids: Tensor) -> Iterator[None]:
             model.generate(**inputs)
 
     Args:
-        ids: ``[batch, sequence]`` of the prompt; integers (0 = text, anything else visual: 1 image, 2 video) or
-            booleans (True = visual).
+        ids: ``[batch, sequence]``; integers (0 = text, anything else visual: 1 image, 2 video) or booleans (True =
+            visual). Those of the first forward of this length, or else of the first keys in the cache; of every row
+            of the batch that the model sees (``generate`` repeats rows for beams). Where they fit neither they are
+            not used.
 
     Raises:
         ModalityError: wrong type, rank or dtype.
     """
-    token = _given.set(visual_from_ids(ids))
+    token = _given.set(_Given(visual_from_ids(ids)))
     try:
         yield
     finally:
@@ -69,15 +81,31 @@ def visual_from_ids(ids: Any) -> Tensor:
 
 def given() -> Tensor | None:
     """Visual positions the user gave for the forward that is running, ``[batch, sequence]`` boolean."""
-    return _given.get()
+    found = _given.get()
+    return None if found is None else found.visual
 
 
-def push_given(visual: Tensor | None) -> Token[Tensor | None] | None:
+def given_keys(queries: int, keys: int) -> int | None:
+    """The key position that the given positions start at, in a cache of ``keys``, ``queries`` of them this forward's.
+
+    ``None``: nothing is given, or the cache does not hold all of them (yet).
+    """
+    found = _given.get()
+    if found is None:
+        return None
+    width = found.visual.shape[1]
+    if found.first is None and queries == width:
+        found.first = keys - queries
+    first = found.first or 0
+    return first if first + width <= keys else None
+
+
+def push_given(visual: Tensor | None) -> Token[_Given | None] | None:
     """Give ``visual`` for the forward that starts now, unless the user already gave positions."""
-    return _given.set(visual) if visual is not None and _given.get() is None else None
+    return _given.set(_Given(visual)) if visual is not None and _given.get() is None else None
 
 
-def pop_given(token: Token[Tensor | None] | None) -> None:
+def pop_given(token: Token[_Given | None] | None) -> None:
     """Undo `push_given`."""
     if token is not None:
         _given.reset(token)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from contextvars import Token
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from avl_fx.modality import pop_given, push_given
 
 __all__ = ["ModalityHook"]
+
+_open: ContextVar[tuple[Token[Any] | None, ...]] = ContextVar("avl_fx_open_forwards", default=())
+"""What takes back the positions given for the forwards that are running, innermost last; each thread has its own."""
 
 _TOKEN_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -33,7 +36,6 @@ class ModalityHook:
         if getattr(text, "cross_attention_layers", None):
             # Images come in through cross-attention (Mllama): the image token is an ordinary token of the text.
             self._visual_ids = ()
-        self._tokens: list[Token[Tensor | None] | None] = []
 
     @classmethod
     def install(cls, model: nn.Module) -> tuple[RemovableHandle, ...]:
@@ -48,12 +50,13 @@ class ModalityHook:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Give the visual positions of this forward."""
-        self._tokens.append(push_given(self._visual_positions(args, kwargs)))
+        _open.set((*_open.get(), push_given(self._visual_positions(args, kwargs))))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Take them back, also when the forward raised."""
-        if self._tokens:
-            pop_given(self._tokens.pop())
+        *outer, token = _open.get() or (None,)
+        _open.set(tuple(outer))
+        pop_given(token)
 
     def _visual_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         try:

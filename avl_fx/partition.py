@@ -5,16 +5,21 @@ rows of a stock cache are reordered inside their own positions, core first, then
 it is. The cache remains complete: dense attention over it still gives the exact answer.
 
 All layers of a cache have the same layout, one `Partition`; what differs is which visual token lies in which row. It
-rides on the key tensors, with a generation number and the tensors' versions: a cache that was copied, cropped,
-reordered or written by somebody else has no valid state, and is attended to densely.
+rides on the key tensors, with a generation number and the tensors' versions: a cache that was cropped, reordered or
+written by somebody else has no valid state, and is attended to densely. A deep copy has a state of its own.
+
+Of a compact cache (`avl_fx.cache`) minor is not stored. Its positions are those of the rows that are there.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +27,11 @@ from torch import Tensor
 from avl_fx.kernels.partition.native import reselect_native
 from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
 from avl_fx.policies import TextPolicy, VisionPolicy
+from avl_fx.record import Undivided, note_division
+from avl_fx.stored_rows import StoredRows
 from avl_fx.text_window import TextWindow
 
-__all__ = ["Partition", "everything", "find_partition"]
+__all__ = ["Partition", "everything", "find_partition", "state_of"]
 
 log = logging.getLogger("avl_fx")
 
@@ -85,8 +92,12 @@ class Partition:
     """Decode steps since the last prompt."""
     generation: int = 0
     """Calls so far: older key tensors of this cache are out of date."""
+    model: uuid.UUID | None = None
+    """Whose cache it is: another model does not see what this one saw."""
     tokens: dict[int, Tensor] = field(default_factory=dict)
-    """Layer -> int64 ``[B, G, N]``: which visual token of the row lies in which slot."""
+    """Layer -> int64 ``[B, G, N]``: which visual token of the row lies in which slot, since its first prompt."""
+    stored: StoredRows | None = None
+    """Of a compact cache. Its rows are not all of the sequence's tokens."""
 
     @classmethod
     def start(
@@ -96,6 +107,7 @@ class Partition:
         text_policy: TextPolicy | None = None,
         visible: Tensor | None = None,
         before: Partition | None = None,
+        stored: StoredRows | None = None,
     ) -> Partition | None:
         """The layout after a prompt.
 
@@ -105,6 +117,7 @@ class Partition:
             text_policy: the plan's; ``None``: all text is read.
             visible: bool ``[B, keys]``, without padding; ``None``: all of them.
             before: the state that the cache had until now.
+            stored: the layout of a compact cache, the prompt included. Shares are of all visual tokens ever fed.
 
         Returns:
             ``None`` without visual keys, or with too many spans of them.
@@ -113,38 +126,34 @@ class Partition:
         counts = visual.sum(1)
         most = int(counts.max()) if len(counts) else 0
         if most == 0:
+            note_division(Undivided.NO_VISUAL)
             return None
         slots = torch.full((len(visual), most), -1, dtype=torch.int64)
         for row, flags in enumerate(visual):
             slots[row, : counts[row]] = flags.nonzero().flatten()
-        core = torch.tensor([int(policy.core * int(n)) for n in counts], dtype=torch.int64)
-        secondary = torch.tensor([int(policy.secondary * int(n)) for n in counts], dtype=torch.int64)
-        core_ranges, secondary_ranges = _ranges(slots, core), _ranges(slots, secondary)
-        core_runs, secondary_runs = _runs(slots, core), _runs(slots, secondary)
-        most_ranges = max(map(len, core_ranges + secondary_ranges))
+        totals = counts.tolist() if stored is None else stored.visual
+        core, secondary = (
+            torch.tensor([int(share * n) for n in totals], dtype=torch.int64).clamp(max=counts)
+            for share in (policy.core, policy.secondary)
+        )
+        gaps = stored if text_policy is None else None  # under a text window every step knows where rows end
+        reads = _reads(slots, core, secondary, gaps)
+        most_ranges = max(map(len, reads["core_ranges"] + reads["secondary_ranges"]))
         if text_policy is not None:  # a cut may fall anywhere, and what is new stands behind the last key
-            most_ranges += max(map(len, core_runs + secondary_runs)) + 1
+            most_ranges += max(map(len, reads["core_runs"] + reads["secondary_runs"])) + 1
         if most_ranges > MAX_SEGMENTS:
             log.warning("more than %d ranges of keys to read in a row: attention stays dense", MAX_SEGMENTS)
+            note_division(Undivided.RANGES)
             return None
         text = None
         if text_policy is not None:
-            text = TextWindow.start(text_policy, visual, visible, None if before is None else before.text)
-        return cls(
-            policy,
-            visual,
-            slots,
-            core,
-            secondary,
-            core_ranges,
-            secondary_ranges,
-            core_runs,
-            secondary_runs,
-            _segments(core_ranges),
-            _segments(secondary_ranges),
-            visual.shape[1],
-            text,
-        )
+            missing = 0 if stored is None else stored.length - stored.count
+            text = TextWindow.start(text_policy, visual, visible, None if before is None else before.text, missing)
+        length = visual.shape[1]
+        partition = cls(policy, visual, slots, core, secondary, **reads, length=length, text=text, stored=stored)
+        if before is not None:
+            partition.tokens = {layer: _longer(tokens, most) for layer, tokens in before.tokens.items()}
+        return partition
 
     def to(self, device: torch.device) -> Partition:
         """Move the tensors that calls on ``device`` read; in place."""
@@ -158,6 +167,11 @@ class Partition:
         return self.policy.refresh > 0 and (self.step + 1) % self.policy.refresh == 0
 
     @property
+    def reads_secondary(self) -> bool:
+        """Whether the next decode step reads secondary instead of core alone."""
+        return self.refreshes or self.policy.refresh == 0
+
+    @property
     def weighs(self) -> bool:
         """Whether the next decode step's softmax rows are wanted."""
         return self.refreshes or self.text is not None
@@ -165,9 +179,9 @@ class Partition:
     @property
     def segments(self) -> Tensor:
         """What the next decode step reads; int64 ``[B, MAX_SEGMENTS, 2]``."""
-        secondary = self.refreshes or self.policy.refresh == 0
+        secondary = self.reads_secondary
         whole = self.secondary_segments if secondary else self.core_segments
-        cuts = [None] * len(self.slots) if self.text is None else [self.text.cut(row) for row in range(len(self.slots))]
+        cuts = self._cuts()
         if not any(cut is not None for cut in cuts):
             return whole
         ranges, visual = (
@@ -175,6 +189,14 @@ class Partition:
         )
         parts = [self._without_text(*row) for row in zip(ranges, visual, cuts, strict=True)]
         return _segments(parts).to(whole.device)
+
+    def _cuts(self) -> Sequence[int | None]:
+        """For each batch row, where the text that is not read begins."""
+        if self.text is None:
+            return [None] * len(self.slots)
+        if self.stored is not None:  # it is not there at all
+            return self.stored.ends
+        return [self.text.cut(row) for row in range(len(self.slots))]
 
     def _without_text(
         self, ranges: list[tuple[int, int]], visual: list[tuple[int, int]], cut: int | None
@@ -197,7 +219,8 @@ class Partition:
         rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         zone = (rank >= self.core[:, None, None]).long() + (rank >= self.secondary[:, None, None]).long()
         order = zone.argsort(dim=-1, stable=True)
-        self.tokens[layer] = order
+        earlier = self.tokens.get(layer)
+        self.tokens[layer] = order if earlier is None else earlier.to(order.device).gather(2, order)
         slots = self.slots[:, None].expand_as(order)
         return slots.gather(2, order), slots
 
@@ -249,48 +272,204 @@ class Partition:
         index = slots[:, None].expand(-1, rows.shape[1], -1)
         return rows.gather(2, index.clamp(min=0)).masked_fill(index < 0, -torch.inf)
 
+    # ---- compact caches ---------------------------------------------------------------------------------------------
+
+    def pack(self, visible: Tensor | None) -> tuple[Partition, Tensor]:
+        """Leave out what no later step reads: minor, text that has left, padding.
+
+        Args:
+            visible: bool ``[B, keys]``, without padding; ``None``: all of them.
+
+        Returns:
+            The state of the packed cache, and for each of its rows the one that goes there, int64 ``[B, rows]`` with
+            ``-1`` for none.
+        """
+        stored = self.stored or StoredRows.of_complete(self.length, self.visual.sum(1).tolist())
+        keep = torch.ones(len(self.visual), self.length, dtype=torch.bool)
+        if visible is not None:
+            keep &= visible[:, : self.length]
+        slots, secondary = self.slots.cpu(), self.secondary.tolist()
+        for row, positions in enumerate(slots):
+            left = positions[secondary[row] :]
+            keep[row, left[left >= 0]] = False
+            if self.text is not None:
+                keep[row, self.text.slots[row, self.text.kept[row] : self.text.counts[row]]] = False
+        stored, source, places = stored.pack(keep)
+        slots = slots[:, : max([*secondary, 1])]
+        beyond = torch.arange(slots.shape[1]) >= self.secondary.cpu()[:, None]
+        slots = places.gather(1, slots.clamp(min=0)).masked_fill(beyond, -1)
+        text = self.text
+        if text is not None:
+            text = text.packed(places)
+            stored.shown = [-1] * len(slots)
+            for row, active in enumerate(text.active):
+                if active:
+                    # Its first row is visible: padding was left out. A visual one there need not be.
+                    stored.shown[row] = int(stored.columns[row, 0])
+                    stored.columns[row, text.slots[row, : text.counts[row]]] = stored.shown[row]
+        packed = replace(
+            self,
+            **_reads(slots, self.core.cpu(), self.secondary.cpu(), stored if text is None else None),
+            visual=_padded(self.visual, self.length).gather(1, source.clamp(min=0)) & (source >= 0),
+            slots=slots,
+            length=stored.count,
+            text=text,
+            tokens={layer: tokens[..., : slots.shape[1]].contiguous() for layer, tokens in self.tokens.items()},
+            stored=stored,
+        )
+        return packed.to(self.slots.device), source
+
+    def close_ranks(self) -> tuple[Tensor, Tensor] | None:
+        """After a decode step under a text window: what the step's row drove out is not stored any more.
+
+        Returns:
+            ``(source, slots)`` of new rows that go to the end of a shorter batch row, as `avl::partition_` takes them;
+            ``None`` when none does. All rows from `length` on may then be forgotten.
+        """
+        assert self.stored is not None
+        assert self.text is not None
+        ends = list(self.stored.ends)
+        moves = self.text.close_ranks(ends)
+        self.stored.close_ranks(ends)
+        self.length = self.stored.count
+        if moves is None:
+            return None
+        table = torch.tensor(moves, dtype=torch.int64, device=self.slots.device)
+        return table[:, None, :1].contiguous(), table[:, None, 1:].contiguous()
+
+    def select(self, index: Tensor) -> Partition:
+        """The state of a compact cache that holds the batch rows ``index`` int64 of this one."""
+        rows, here, there = index.tolist(), index.cpu(), index.to(self.slots.device)
+
+        def picked(ranges: Ranges) -> Ranges:
+            return [ranges[row] for row in rows]
+
+        return replace(
+            self,
+            visual=self.visual[here],
+            slots=self.slots[there],
+            core=self.core[there],
+            secondary=self.secondary[there],
+            core_ranges=picked(self.core_ranges),
+            secondary_ranges=picked(self.secondary_ranges),
+            core_runs=picked(self.core_runs),
+            secondary_runs=picked(self.secondary_runs),
+            core_segments=self.core_segments[there],
+            secondary_segments=self.secondary_segments[there],
+            text=None if self.text is None else self.text.select(here),
+            tokens={layer: order[there] for layer, order in self.tokens.items()},
+            stored=None if self.stored is None else self.stored.select(here),
+        )
+
+    def cropped(self, tokens: int) -> Partition | None:
+        """The state without the last ``tokens``; ``None`` where they were not appended since the cache was packed."""
+        prompt = self.visual.shape[1] if self.stored is None else self.stored.packed
+        left = self.length - tokens
+        if self.text is not None or left < prompt:
+            return None
+        stored = None if self.stored is None else self.stored.cropped(tokens)
+        return replace(self, visual=self.visual[:, :left], length=left, stored=stored)
+
+    # ---- copies and crops of a complete cache ----------------------------------------------------------------------
+
+    def entered(self, layer: int, keys: int) -> Tensor:
+        """At which position the row that lies at each one entered the cache; int64 ``[B, G, keys]`` on the CPU."""
+        slots, tokens = self.slots.cpu(), self.tokens.get(layer)
+        groups = 1 if tokens is None else tokens.shape[1]
+        found = torch.arange(keys).repeat(len(slots), groups, 1)
+        for row, entered in enumerate(found):
+            if tokens is not None:
+                visual = slots[row][slots[row] >= 0]
+                entered[:, visual] = visual[tokens[row, :, : len(visual)].cpu()]
+            if self.text is not None and layer in self.text.tokens:
+                count = self.text.counts[row]
+                entered[:, self.text.slots[row, :count]] = self.text.tokens[layer][row, :count]
+        return found
+
     # ---- riding on key tensors -------------------------------------------------------------------------------------
 
     def attach(self, keys: Sequence[Tensor]) -> None:
         """Let this state ride on ``keys``, the key tensors of all its layers as they are now."""
         for tensor in keys:
-            setattr(tensor, _ATTRIBUTE, (self, self.generation, _version(tensor)))
+            setattr(tensor, _ATTRIBUTE, _Attached(self, self.generation, _version(tensor)))
+
+
+@dataclass(frozen=True)
+class _Attached:
+    partition: Partition
+    generation: int
+    version: int
+    """Of the tensor that it is attached to: later writes are somebody else's."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Attached:
+        # A copied cache has a state of its own. Copying counts as writing, always equally often.
+        version = _version(copy.deepcopy(torch.empty(0)))
+        return _Attached(copy.deepcopy(self.partition, memo), self.generation, version)
+
+
+def _longer(tokens: Tensor, width: int) -> Tensor:
+    """``tokens`` with those of new slots behind them, which lie where they entered."""
+    new = torch.arange(tokens.shape[2], width, device=tokens.device)
+    return torch.cat([tokens, new.expand(*tokens.shape[:2], -1)], 2)
 
 
 def find_partition(
     keys: Sequence[Tensor], policy: VisionPolicy, text_policy: TextPolicy | None = None
 ) -> Partition | None:
     """The state that rides on all of ``keys``; ``None`` when it is missing, out of date or another plan's."""
-    found = {id(state): state for state in (_valid(tensor) for tensor in keys)}
-    if len(found) != 1:
-        return None
-    partition = next(iter(found.values()))
+    partition = state_of(keys)
     if partition is None or partition.policy != policy:
         return None
     return partition if (None if partition.text is None else partition.text.policy) == text_policy else None
 
 
+def state_of(keys: Sequence[Tensor]) -> Partition | None:
+    """The state that rides on all of ``keys``, whichever plan it belongs to; ``None`` when it is out of date."""
+    found = {id(state): state for state in (_valid(tensor) for tensor in keys)}
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
 def _valid(tensor: Tensor) -> Partition | None:
-    state = getattr(tensor, _ATTRIBUTE, None)
-    if state is None:
+    found = getattr(tensor, _ATTRIBUTE, None)
+    if found is None or found.generation != found.partition.generation or found.version != _version(tensor):
         return None
-    partition, generation, version = state
-    return partition if generation == partition.generation and version == _version(tensor) else None
+    return found.partition
 
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _ranges(slots: Tensor, keep: Tensor) -> Ranges:
-    """Everything but the slots beyond the first ``keep``."""
+def _reads(slots: Tensor, core: Tensor, secondary: Tensor, gaps: StoredRows | None) -> dict[str, Any]:
+    """What steps read: the fields of a `Partition` that follow from where its core and secondary lie."""
+    core_ranges, secondary_ranges = _ranges(slots, core, gaps), _ranges(slots, secondary, gaps)
+    return {
+        "core_ranges": core_ranges,
+        "secondary_ranges": secondary_ranges,
+        "core_runs": _runs(slots, core),
+        "secondary_runs": _runs(slots, secondary),
+        "core_segments": _segments(core_ranges),
+        "secondary_segments": _segments(secondary_ranges),
+    }
+
+
+def _padded(visual: Tensor, keys: int) -> Tensor:
+    """``visual`` bool ``[B, prompt]`` for ``keys``, of which decode steps brought the rest."""
+    return torch.nn.functional.pad(visual, (0, keys - visual.shape[1]))
+
+
+def _ranges(slots: Tensor, keep: Tensor, stored: StoredRows | None = None) -> Ranges:
+    """Everything but the slots beyond the first ``keep``, and but what a batch row of a compact cache has not."""
     ranges: Ranges = []
-    for positions, count in zip(slots.tolist(), keep.tolist(), strict=True):
+    for number, (positions, count) in enumerate(zip(slots.tolist(), keep.tolist(), strict=True)):
+        holes = [(p, p + 1) for p in positions[count:] if p >= 0]
+        if stored is not None and stored.ends[number] < stored.packed:
+            holes.append((stored.ends[number], stored.packed))
         start, row = 0, []
-        for position in (p for p in positions[count:] if p >= 0):
-            if position > start:
-                row.append((start, position))
-            start = position + 1
+        for first, end in sorted(holes):
+            if first > start:
+                row.append((start, first))
+            start = max(start, end)
         ranges.append([*row, (start, _END)])
     return ranges
 

@@ -8,19 +8,26 @@ visual positions are known all the same, its own rows start the partition (late 
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from avl_fx.errors import CacheStateError
+from avl_fx.growing import COMPACT_SPARE_ROWS, room, shorter
 from avl_fx.kernels.partition import partition_
-from avl_fx.modality import given
+from avl_fx.modality import given, given_keys
 from avl_fx.partition import Partition, everything, find_partition
 from avl_fx.passes.context import CachedTensor, PartitionedLayer, PartitionIO
 from avl_fx.plan import Plan
 from avl_fx.policies import TextPolicy, VisionPolicy
+from avl_fx.reads import PromptRow
+from avl_fx.record import Undivided, note_division
+from avl_fx.row_order import remember, sources
 
 __all__ = ["PartitionRuntime"]
 
@@ -28,6 +35,9 @@ log = logging.getLogger("avl_fx")
 
 EVERYTHING = VisionPolicy(core=1.0, secondary=1.0, refresh=0)
 """For plans that leave out text only."""
+
+_names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Weight -> the name of its model: a cache, which is copied and pickled, cannot hold on to the weight itself."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +47,28 @@ class PartitionRuntime:
     policy: VisionPolicy
     text_policy: TextPolicy | None
     decode: bool
+    compact: bool
     layers: tuple[PartitionedLayer, ...]
     returned: int
     """Outputs beyond the model's own: the scores of each layer that owns keys, then as the next two say."""
     has_positions: bool
     has_last_mask: bool
+    weight: int | None
+    """Input with a weight of the model; one compiled graph may serve several models."""
 
     @classmethod
     def of(cls, plan: Plan, io: PartitionIO) -> PartitionRuntime:
         """The runtime of a graph that meets it as ``io`` says."""
         return cls(
             plan.vision_policy or EVERYTHING,
-            None if plan.text_policy is None or plan.text_policy.is_identity else plan.text_policy,
+            plan.text_window,
             io.decode,
+            io.compact,
             tuple(replace(layer, weights=None) for layer in io.layers),
             len(io.returned()),
             io.positions is not None,
             io.last_mask is not None,
+            io.weight,
         )
 
     # ---- before the call -------------------------------------------------------------------------------------------
@@ -68,7 +83,12 @@ class PartitionRuntime:
         # nobody can say whether somebody reset it.
         if any(key.after is None and tensor.is_inference() for key, tensor in zip(keys, before, strict=True)):
             return None
-        return find_partition(before, self.policy, self.text_policy)
+        found = find_partition(before, self.policy, self.text_policy)
+        return found if found is None or found.model == self._model(args) else None
+
+    def _model(self, args: Sequence[Any]) -> uuid.UUID | None:
+        """The name of the model that calls; ``None`` where its weights are no inputs."""
+        return None if self.weight is None else _names.setdefault(args[self.weight], uuid.uuid4())
 
     def inputs(self, args: Sequence[Any], partition: Partition | None) -> tuple[Tensor, ...]:
         """``segments`` and ``weigh``, for a decode step."""
@@ -84,7 +104,7 @@ class PartitionRuntime:
     def finish(
         self,
         args: Sequence[Any],
-        outputs: Sequence[Any],
+        outputs: list[Any],
         returned: Sequence[Tensor],
         visual: Tensor | None,
         partition: Partition | None,
@@ -93,7 +113,7 @@ class PartitionRuntime:
 
         Args:
             args: the graph's inputs.
-            outputs: the model's own outputs of the graph.
+            outputs: the model's own outputs of the graph; those of a compact cache are replaced by what it stores.
             returned: what `PartitionIO.returned` names, in that order.
             visual: visual positions ``[batch, sequence]`` of this forward, where known.
             partition: what `state` said before the call.
@@ -104,37 +124,76 @@ class PartitionRuntime:
         last_mask = rest.pop(0) if self.has_last_mask else None
         keys = {layer.layer: self._after(args, outputs, layer.key) for layer in self.layers if layer.key is not None}
         if any(key.requires_grad for key in keys.values()):
-            return  # training: nothing may be moved
+            note_division(Undivided.TRAINING)
+            return  # nothing may be moved
+        before = partition
         with torch.no_grad():
             if self.decode and partition is not None:
-                self._step(partition, args, outputs, scores)
-            else:
-                length = next(iter(keys.values())).shape[2] if positions is None else int(positions[-1]) + 1
-                seen = self._visual(length, visual, partition, batch=next(iter(keys.values())).shape[0])
-                if seen is None or not _all_visible(seen, last_mask):
+                partition = self._step(partition, last_mask, args, outputs, scores)
+            elif not self.decode or given() is not None:
+                batch, _, length, _ = next(iter(keys.values())).shape
+                queries = self._queries(args, length)
+                if positions is not None:  # a static cache
+                    length, queries = int(positions[-1]) + 1, len(positions)
+                seen = None if queries is None else self._visual(length, queries, visual, before, batch)
+                if seen is None or not _all_visible(seen, last_mask, late=self.decode):
                     partition = None
                 else:
-                    partition = self._start(seen, last_mask, partition, args, outputs, keys, scores)
+                    partition = self._start(seen, last_mask, before, args, outputs, keys, scores)
+            if partition is None and before is not None:
+                if before.stored is not None:
+                    raise CacheStateError(
+                        "the new prompt's mask hides visual keys of a compact cache, or splits it into too many "
+                        "ranges, and what the cache left out cannot be brought back",
+                        field="past_key_values",
+                        remedy="use a stock cache for this conversation",
+                    )
+                self._put_back(before, args, outputs)
         if partition is not None:
             partition.generation += 1
-            partition.attach(list(keys.values()))
+            partition.attach([self._after(args, outputs, layer.key) for layer in self.layers if layer.key is not None])
+            if not self.compact:
+                for tensor, layer in self._dynamic(args, outputs):
+                    remember(tensor, partition, layer)
 
-    def _visual(self, length: int, visual: Tensor | None, before: Partition | None, batch: int) -> Tensor | None:
-        """Visual key positions bool ``[batch, length]`` of the cache as it is now; ``None`` when nothing is known."""
-        if self.decode:  # a late start: given positions are the prompt's, from the first key on
-            visual, offset = given(), 0
+    def _queries(self, args: Sequence[Any], length: int) -> int | None:
+        """How many of the ``length`` keys of a dynamic cache are this forward's; ``None`` for a static cache."""
+        key = next(layer.key for layer in self.layers if layer.key is not None)
+        if key.after is None:
+            return None
+        return length if key.before is None else length - args[key.before].shape[2]
+
+    def _visual(
+        self, length: int, queries: int, visual: Tensor | None, before: Partition | None, batch: int
+    ) -> Tensor | None:
+        """Visual key positions bool ``[batch, length]`` of the cache as it is now; ``None`` when nothing is known.
+
+        The last ``queries`` keys are this forward's. Where nothing is known of earlier ones they count as text.
+        """
+        if self.decode:  # a late start: the prompt ran elsewhere, or its cache was copied since
+            visual, first = given(), given_keys(0, length)
+        elif visual is not None and visual is given():
+            first = given_keys(queries, length)
         else:
-            offset = length - (0 if visual is None else visual.shape[1])
-        if visual is None and before is None:
+            first = length - queries if visual is not None and visual.shape[1] == queries else None
+        if before is not None and before.stored is not None and first is not None and first < before.stored.count:
+            first = None  # said before, of a compact cache that stores other rows now
+        fits = visual is not None and first is not None and visual.shape[0] == batch
+        if not fits and before is None:
+            if not self.decode:
+                note_division(Undivided.UNKNOWN if visual is None else Undivided.MISFIT)
+            if visual is not None and not self.decode:
+                # A prompt in pieces does not hold all of them yet.
+                level = logging.INFO if visual.shape[1] > length else logging.WARNING
+                log.log(level, "visual positions %s do not fit %d of %d keys", tuple(visual.shape), queries, length)
             return None
         seen = torch.zeros(batch, length, dtype=torch.bool)
         if before is not None:
             seen[:, : before.visual.shape[1]] = before.visual[:, :length]
-        if visual is not None:
-            if visual.shape[0] != batch or offset < 0 or offset + visual.shape[1] > length:
-                log.warning("visual positions %s do not fit a cache of %d keys", tuple(visual.shape), length)
-                return None
-            seen[:, offset : offset + visual.shape[1]] = visual.cpu()
+        if fits:
+            assert visual is not None
+            assert first is not None
+            seen[:, first : first + visual.shape[1]] = visual.cpu()
         return seen
 
     def _start(
@@ -143,40 +202,95 @@ class PartitionRuntime:
         last_mask: Tensor | None,
         before: Partition | None,
         args: Sequence[Any],
-        outputs: Sequence[Any],
+        outputs: list[Any],
         keys: dict[int, Tensor],
         scores: dict[int, Tensor],
     ) -> Partition | None:
         visible = None if last_mask is None else _seen(last_mask, visual.shape[1])
-        partition = Partition.start(self.policy, visual, self.text_policy, visible, before)
+        stored, old = None, 0
+        if before is not None and before.stored is not None:
+            old = before.stored.count
+            stored = before.stored.extended(visual.shape[1] - old, visual[:, old:].sum(1).tolist())
+        partition = Partition.start(self.policy, visual, self.text_policy, visible, before, stored)
         if partition is None:
             return None
+        note_division(_counted(partition))
+        partition.model = self._model(args)
         partition.to(next(iter(keys.values())).device)
         for layer in self.layers:
             if layer.key is not None and not self.policy.is_identity:
                 order = partition.first_order(layer.layer, scores[layer.layer])
                 self._move(layer, order, args, outputs)
         self._forget(partition, args, outputs, scores, appended=False)
-        return partition
+        # A later turn of text alone may still be taken back: assisted decoding does.
+        only_text = stored is not None and partition.text is None and not visual[:, old:].any()
+        return partition if only_text else self._pack(partition, visible, outputs)
+
+    def _pack(self, partition: Partition, visible: Tensor | None, outputs: list[Any]) -> Partition:
+        """Let a compact cache go of what is never read again, as soon as that makes it shorter.
+
+        Args:
+            partition: the state after this call.
+            visible: bool ``[batch, keys]``, without padding; ``None``: all of them.
+            outputs: the model's own outputs of the graph; receives what is stored.
+        """
+        if not self.compact:
+            return partition
+        packed, source = partition.pack(visible)
+        if partition.stored is None and packed.length == partition.length:
+            return partition
+        here = [row[row >= 0] for row in source]
+        for position in self._positions():
+            rows = outputs[position]
+            kept = room(rows, packed.length, spare=COMPACT_SPARE_ROWS)
+            for number, index in enumerate(here):
+                kept[number, :, : len(index)] = rows[number].index_select(1, index.to(rows.device))
+                kept[number, :, len(index) :] = 0
+            outputs[position] = kept
+        return packed
+
+    def _positions(self) -> list[int]:
+        """Where the graph returns the tensors of a growing cache."""
+        return [tensor.after for tensor in self._cached() if tensor.after is not None]
 
     def _step(
         self,
         partition: Partition,
+        last_mask: Tensor | None,
         args: Sequence[Any],
-        outputs: Sequence[Any],
+        outputs: list[Any],
         scores: dict[int, Tensor],
-    ) -> None:
+    ) -> Partition:
         if partition.refreshes and not self.policy.is_identity:
             for layer in self.layers:
                 if layer.key is not None:
                     order = partition.next_order(layer.layer, scores[layer.layer])
                     if order is not None:
                         self._move(layer, order, args, outputs)
+        stored = partition.stored
         if partition.text is not None:
-            partition.text.append(partition.length)
+            partition.text.append(partition.length, None if stored is None else stored.length)
         partition.length += 1
         partition.step += 1
         self._forget(partition, args, outputs, scores, appended=True)
+        if stored is not None and partition.text is None:
+            stored.append()
+        elif stored is not None:
+            self._let_go(partition, args, outputs)
+        elif self.compact and partition.text is not None and partition.text.leaves_out:
+            visible = None if last_mask is None else _seen(last_mask, partition.length)
+            return self._pack(partition, visible, outputs)
+        return partition
+
+    def _let_go(self, partition: Partition, args: Sequence[Any], outputs: list[Any]) -> None:
+        """A compact cache stores no row that the step drove out."""
+        moves = partition.close_ranks()
+        if moves is not None:
+            for layer in self.layers:
+                if layer.key is not None:
+                    self._move(layer, moves, args, outputs)
+        for position in self._positions():
+            outputs[position] = shorter(outputs[position], partition.length)
 
     def _forget(
         self,
@@ -207,10 +321,23 @@ class PartitionRuntime:
                 value = self._after(args, outputs, layer.value)
                 partition_(key, value, source, slots)
 
+    def _put_back(self, partition: Partition, args: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """The partition ends: no crop may find a row elsewhere than it entered."""
+        for tensor, layer in self._dynamic(args, outputs):
+            source = sources(partition, layer, tensor.shape[2])
+            if source is not None:
+                slots = torch.arange(tensor.shape[2], device=tensor.device).expand(len(tensor), -1)
+                partition_(tensor, None, source.to(tensor.device), slots)
+
     # ---- finding tensors -------------------------------------------------------------------------------------------
 
     def _cached(self) -> list[CachedTensor]:
         return [c for layer in self.layers for c in (layer.key, layer.value) if c is not None]
+
+    def _dynamic(self, args: Sequence[Any], outputs: Sequence[Any]) -> list[tuple[Tensor, int]]:
+        """Keys and values of dynamic caches after a call, each with the layer that decides their order."""
+        tensors = ((c, layer.scores_from) for layer in self.layers for c in (layer.key, layer.value) if c is not None)
+        return [(self._after(args, outputs, cached), layer) for cached, layer in tensors if cached.after is not None]
 
     @staticmethod
     def _after(args: Sequence[Any], outputs: Sequence[Any], tensor: CachedTensor) -> Tensor:
@@ -220,19 +347,29 @@ class PartitionRuntime:
         return args[tensor.before]
 
 
-def _all_visible(visual: Tensor, last_mask: Tensor | None) -> bool:
-    """Whether the prompt's last query sees every visual key: only then does their order not matter.
+def _all_visible(visual: Tensor, last_mask: Tensor | None, late: bool) -> bool:
+    """Whether the last query sees every visual key: only then does their order not matter.
 
     Args:
         visual: bool ``[batch, keys]``.
         last_mask: ``[batch or 1, heads or 1, keys or more]``, boolean or additive; ``None``: it sees every key.
+        late: asked at every step until the answer is yes; says nothing.
     """
     if last_mask is None:
         return True
     if bool((_seen(last_mask, visual.shape[1]) | ~visual).all()):
         return True
-    log.warning("the attention mask hides visual keys: the cache is not partitioned and attention stays dense")
+    if not late:
+        log.warning("the attention mask hides visual keys: the cache is not partitioned and attention stays dense")
+    note_division(Undivided.HIDDEN)
     return False
+
+
+def _counted(partition: Partition) -> tuple[PromptRow, ...]:
+    """What figures need to know of a partition that starts."""
+    visual = partition.visual.sum(1).tolist()
+    text = [0] * len(visual) if partition.text is None else partition.text.counts
+    return tuple(map(PromptRow, visual, text))
 
 
 def _seen(last_mask: Tensor, keys: int) -> Tensor:

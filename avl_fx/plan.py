@@ -209,6 +209,17 @@ class Plan(FrozenModel):
         return policy
 
     @property
+    def text_window(self) -> TextPolicy | None:
+        """The section ``text``, where it leaves anything out."""
+        policy = self.text_policy
+        return None if policy is None or policy.is_identity else policy
+
+    @property
+    def reads_less(self) -> bool:
+        """Whether decode steps leave out keys: a section ``vision`` or ``text`` says so."""
+        return self.text_window is not None or not (self.vision_policy is None or self.vision_policy.is_identity)
+
+    @property
     def is_identity(self) -> bool:
         return not any(True for _ in self._active())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -12,8 +13,46 @@ from torch import Tensor, nn
 
 from avl_fx.passes.context import DroppedKeys
 from avl_fx.passes.site import PassResult, Site
+from avl_fx.reads import PromptRow
 
-__all__ = ["GraphRecord", "Recorder", "active_recorder", "recording"]
+__all__ = [
+    "DecodeStep",
+    "Division",
+    "GraphRecord",
+    "Recorder",
+    "Undivided",
+    "active_recorder",
+    "note_division",
+    "recording",
+]
+
+
+class Undivided(enum.StrEnum):
+    """Why the cache of a prompt was not partitioned: its steps read every key. The value is what `explain` prints."""
+
+    UNKNOWN = "visual positions unknown"
+    NO_VISUAL = "no visual tokens"
+    MISFIT = "visual positions do not fit the cache"
+    HIDDEN = "the attention mask hides visual keys"
+    RANGES = "too many ranges of keys in a row"
+    TRAINING = "gradients are recorded"
+
+
+Division = tuple[PromptRow, ...] | Undivided
+"""What became of the cache after a prompt: partitioned, with so many keys in each batch row, or not."""
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """One decode step of a graph that reads key ranges, as the runtime ran it."""
+
+    graph: int
+    reads: str
+    """``core`` or ``secondary`` (text with either); ``all``: the cache had no valid state."""
+    number: int = 0
+    """1, 2, ... since the prompt; 0 where there was no state."""
+    keys: int = 0
+    """Tokens fed so far, this step's included; 0 where there was no state."""
 
 
 @dataclass
@@ -52,6 +91,10 @@ class Recorder:
     graphs: list[GraphRecord] = field(default_factory=list)
     visual: list[Tensor] = field(default_factory=list)
     """Visual positions ``[batch, sequence]`` of each forward that had any, in order."""
+    divisions: list[Division] = field(default_factory=list)
+    """After each prompt under a plan that partitions, one for each graph that holds a part of the decoder; in order."""
+    steps: list[DecodeStep] = field(default_factory=list)
+    """Every call of such a graph that is a decode step, in order."""
     keep_graphs: bool = False
 
     def saw_visual(self, visual: Tensor) -> None:
@@ -66,6 +109,13 @@ _active: ContextVar[Recorder | None] = ContextVar("avl_fx_recorder", default=Non
 def active_recorder() -> Recorder | None:
     """The recorder of the `recording` block that is open, if any."""
     return _active.get()
+
+
+def note_division(outcome: Division) -> None:
+    """Remember what became of the cache of a prompt, where somebody is recording."""
+    recorder = active_recorder()
+    if recorder is not None:
+        recorder.divisions.append(outcome)
 
 
 @contextlib.contextmanager

@@ -18,14 +18,19 @@ from avl_fx._render import render_report, to_html, to_text
 from avl_fx.errors import OptionError
 
 __all__ = [
+    "DecodeReads",
     "DecoderReport",
     "ForwardReport",
     "GraphReport",
     "KVReport",
+    "LayerReads",
     "PassReport",
     "Report",
+    "RowReads",
     "SavingsReport",
     "SiteReport",
+    "StepCost",
+    "StepCosts",
     "TowerReport",
 ]
 
@@ -156,7 +161,10 @@ class SavingsReport:
     rope_saved: int
     """Rotary embedding of the lazy layers' queries and keys; 0 where the configuration tells of none."""
     attention: int | None
-    """The decoder's logits and weighted sums; the same before and after. ``None`` where a size is unknown."""
+    """The decoder's logits and weighted sums, dense. ``None`` where a size is unknown."""
+    attention_plan_flops: float | None
+    """The same under the plan: of the average step between refreshes (of a dense one where the run had dense ones), and
+    with the scores that a prompt gives."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +184,74 @@ class KVReport:
     """Layers whose keys are not stored (``static``: whose buffers stay allocated, but empty)."""
     measured: bool
     """Read from the cache itself; else computed from the sites."""
+    spare_bytes: int | None
+    """Room for later tokens behind those of a cache that grows in place; not in ``plan``. ``None``: not measured."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Attention of one decode step, over the batch. See `avl_fx.reads` for what counts."""
+
+    kv_bytes: float
+    """Key and value rows that it reads."""
+    attention_flops: float
+    """Its logits and weighted sums."""
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """The kinds of decode steps, all at one length of the cache."""
+
+    dense: StepCost
+    core: StepCost | None
+    """A step between refreshes: text and core. ``None`` under plans that read secondary at every step."""
+    secondary: StepCost
+    """A refresh, or every step: text and secondary."""
+    mean: StepCost
+    """The average between refreshes."""
+
+
+@dataclass(frozen=True)
+class LayerReads:
+    """One decoder layer's share of `DecodeReads`."""
+
+    layer: int | None
+    partitioned: bool
+    """Else it reads every key that it attends to (a sliding window: those in the window)."""
+    costs: StepCosts
+
+
+@dataclass(frozen=True)
+class RowReads:
+    """What is read of one batch row, in keys."""
+
+    visual_tokens: int
+    core_tokens: int
+    secondary_tokens: int
+    text_tokens: int | None
+    """Behind the first visual token, at the step that the costs are for; ``None`` without a text window, and in
+    rows without visual tokens, which have none."""
+    text_tokens_read: int | None
+
+
+@dataclass(frozen=True)
+class DecodeReads:
+    """What decode steps read of a partitioned cache."""
+
+    steps: dict[str, int]
+    """How many decode steps of this run read ``core``, ``secondary`` (text with either), or ``all`` keys."""
+    undivided: str | None
+    """Why the cache was not partitioned; then no figures follow."""
+    refresh_every_steps: int
+    """0: every step reads secondary."""
+    keys: int
+    """Rows of the cache that the figures are for: what a dense step reads of a batch row."""
+    rows: tuple[RowReads, ...]
+    layers: tuple[LayerReads, ...]
+    total: StepCosts | None
+    """All decoder layers."""
+    later: dict[int, StepCosts]
+    """So many tokens later: all decoder layers. Empty for a static cache, whose buffer does not grow."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +285,8 @@ class Report:
     """Per row of the batch, ``(start, length)`` of every run of visual positions; ``None`` where none are known."""
     savings: tuple[SavingsReport, ...]
     kv: KVReport | None
+    decode_reads: DecodeReads | None
+    """``None`` where the plan partitions nothing, or no site took it."""
     passes: tuple[PassReport, ...]
     breaks: dict[str, int]
     """Why Dynamo broke graphs, and how often."""

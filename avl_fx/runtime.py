@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
+from avl_fx.compact_calls import CompactCalls
 from avl_fx.dropped_keys import check_stored, mark_buffer, marker
 from avl_fx.growing import GrowingCache
 from avl_fx.modality import attach, carried, given
 from avl_fx.partition import Partition, everything
 from avl_fx.partition_runtime import PartitionRuntime
 from avl_fx.passes.context import DroppedKeys, PassContext
-from avl_fx.record import GraphRecord, active_recorder
+from avl_fx.record import DecodeStep, GraphRecord, active_recorder
+from avl_fx.row_order import as_entered
 
 __all__ = ["CompiledGraph"]
 
@@ -23,7 +25,8 @@ __all__ = ["CompiledGraph"]
 class CompiledGraph:
     """Runs one compiled graph.
 
-    Before it: refuses key caches that a lazy plan left empty where this graph attends densely. After it: puts the
+    Before it: refuses key caches that a lazy plan left empty where this graph attends densely, and puts the rows of a
+    partitioned cache back unless this graph continues the partition. After it: puts the
     markers of dropped keys where the model expects keys, lets discovered visual positions ride on the outputs, and
     keeps partitioned caches in order.
     """
@@ -37,8 +40,11 @@ class CompiledGraph:
     emptied: Sequence[int] = ()
     """Output positions, ascending, where the graph returns nothing."""
     growing: GrowingCache | None = None
+    compact: CompactCalls | None = None
     partition: PartitionRuntime | None = None
     takes_ranges: bool = False
+    past: Sequence[int] = ()
+    """Input positions of the keys and values of dynamic caches."""
 
     @classmethod
     def of(
@@ -47,6 +53,7 @@ class CompiledGraph:
         ctx: PassContext,
         record: GraphRecord,
         dense_keys: Sequence[tuple[int, int | None]] = (),
+        past: Sequence[int] = (),
     ) -> CompiledGraph:
         """What runs ``compiled`` as the passes left word in ``ctx``."""
         growing, partition = None, None
@@ -62,30 +69,36 @@ class CompiledGraph:
             record=record,
             emptied=ctx.emptied(),
             growing=growing,
+            compact=None if ctx.compact is None else CompactCalls.of(ctx.compact),
             partition=partition,
             takes_ranges=ctx.ranges is not None,
+            past=past,
         )
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *given_args: Any) -> Any:
+        args: Sequence[Any] = given_args
         for position, layer in self.dense_keys:
             check_stored(args[position], layer)
         for drop in self.dropped:
             if drop.placeholder is not None:
                 mark_buffer(args[drop.placeholder])
         state = None if self.partition is None else self.partition.state(args)
+        columns = () if self.compact is None else self.compact.inputs(args, state)
+        if state is None:
+            args = as_entered(args, self.past)
         ranges = self._ranges(args, state)
         inputs = args if self.growing is None else self.growing.before(args)
-        outputs = list(self.compiled(*inputs, *ranges))
+        outputs = list(self.compiled(*inputs, *columns, *ranges))
         returned = [outputs.pop() for _ in range(0 if self.partition is None else self.partition.returned)][::-1]
         visual = outputs.pop() if self.returns_visual else None
         for position in self.emptied:
             outputs.insert(position, None)
         if self.growing is not None:
             self.growing.after(inputs, outputs)
-        self._mark_dropped(outputs)
         visual = self._pass_on(args, outputs, visual)
         if self.partition is not None:
             self.partition.finish(inputs, outputs, returned, visual, state)
+        self._mark_dropped(outputs)
         return outputs
 
     def _ranges(self, args: Sequence[Any], state: Partition | None) -> tuple[Tensor, ...]:
@@ -93,6 +106,9 @@ class CompiledGraph:
         if not self.takes_ranges:
             return ()
         if self.partition is not None:
+            recorder = active_recorder()
+            if recorder is not None:
+                recorder.steps.append(_step(self.record.index, state))
             return self.partition.inputs(args, state)
         assert self.growing is not None
         return everything(args[self.growing.tensors[0].before])
@@ -119,3 +135,10 @@ class CompiledGraph:
             if seen is not None and self.record.visual != "none":
                 recorder.saw_visual(seen)
         return visual if visual is not None else given()
+
+
+def _step(graph: int, state: Partition | None) -> DecodeStep:
+    if state is None:
+        return DecodeStep(graph, "all")
+    tokens = state.length if state.stored is None else state.stored.length
+    return DecodeStep(graph, "secondary" if state.reads_secondary else "core", state.step + 1, tokens + 1)

@@ -6,23 +6,38 @@ Bytes are those of tensors. Nothing is said about time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from avl_fx.growing import has_room
+from avl_fx.reads import visual_kept
 
 __all__ = [
+    "LayerShape",
     "attention_flops",
     "cache_bytes",
+    "compact_cache_bytes",
     "dense_cache_bytes",
     "key_bytes",
     "kv_bytes",
     "projection_flops",
     "rope_flops",
+    "scoring_flops",
+    "spare_bytes",
 ]
+
+
+class LayerShape(NamedTuple):
+    """What one layer stores of a token: a key and a value in each KV head."""
+
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    itemsize: int
+    """Bytes of an element."""
 
 
 def projection_flops(rows: int, in_features: int, heads: int, kv_heads: int, head_dim: int) -> int:
@@ -55,6 +70,14 @@ def attention_flops(batch: int, heads: int, queries: int, keys: int, head_dim: i
     return 2 * batch * heads * queries * keys * (head_dim + value_dim)
 
 
+def scoring_flops(batch: int, heads: int, window: int, keys: int, head_dim: int) -> int:
+    """FLOPs of ranking one layer's visual keys: the logits of the prompt's last ``window`` queries, once more.
+
+    ``2 * batch * heads * window * keys * head_dim``; a plan with a section ``vision`` or ``text`` adds it to a prompt.
+    """
+    return 2 * batch * heads * window * keys * head_dim
+
+
 def key_bytes(batch: int, kv_heads: int, length: int, head_dim: int, itemsize: int) -> int:
     """Bytes of the keys of one layer: ``batch * kv_heads * length * head_dim * itemsize``.
 
@@ -68,6 +91,38 @@ def kv_bytes(batch: int, kv_heads: int, length: int, head_dim: int, value_dim: i
     return key_bytes(batch, kv_heads, length, head_dim + value_dim, itemsize)
 
 
+def compact_cache_bytes(
+    text: Sequence[int],
+    visual: Sequence[int],
+    secondary: float,
+    layers: Sequence[LayerShape],
+    lazy_layers: Collection[int] = (),
+) -> int:
+    """Bytes of a cache that stores nothing but what the plan may still read.
+
+    All batch rows take as many cache rows as the one that needs most: ``max(text + int(secondary * visual))``. Each
+    layer stores a key and a value a row and KV head; a lazy layer (mode ``gla``) its value only.
+
+    A stock cache of the same tokens takes `kv_bytes` of the whole length in each layer, whatever the plan says.
+
+    Args:
+        text: text keys that are stored, a batch row: all before the first visual key, and of those behind it
+            `avl_fx.reads.text_kept`. Padding that has to be stored counts as text.
+        visual: visual keys of the prompt, a batch row.
+        secondary: share of them that is kept; 1.0 under a plan without section ``vision``.
+        layers: those that are partitioned. What others (sliding windows, cross-attention) store is `kv_bytes`.
+        lazy_layers: indices into ``layers``.
+
+    Raises:
+        ValueError: ``text`` and ``visual`` are for different batches.
+    """
+    rows = max((t + visual_kept(v, secondary) for t, v in zip(text, visual, strict=True)), default=0)
+    return sum(
+        key_bytes(len(text), s.kv_heads, rows, s.value_dim + (0 if n in lazy_layers else s.head_dim), s.itemsize)
+        for n, s in enumerate(layers)
+    )
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes of memory that a cache holds on to.
 
@@ -79,13 +134,27 @@ def cache_bytes(cache: Any) -> int:
         cache: a cache of transformers, a tensor, or any nesting of mappings, sequences and objects that hold tensors.
             Of objects with ``keys`` and ``values`` only these two count, not their counters.
     """
-    storages: dict[tuple[torch.device, int], int] = {}
+    return sum(held for held, _ in _storages(cache))
+
+
+def spare_bytes(cache: Any) -> int:
+    """Bytes of memory behind the tokens of a cache that grows in place: room for later tokens, not in `cache_bytes`.
+
+    Args:
+        cache: as in `cache_bytes`.
+    """
+    return sum(whole - held for held, whole in _storages(cache))
+
+
+def _storages(cache: Any) -> Iterable[tuple[int, int]]:
+    """``(bytes that count, all bytes)`` of every underlying storage."""
+    found: dict[tuple[torch.device, int], tuple[int, int]] = {}
     for tensor in _tensors(cache):
         storage = tensor.untyped_storage()
         held = tensor.numel() * tensor.element_size() if has_room(tensor) else storage.nbytes()
         at = tensor.device, storage.data_ptr()
-        storages[at] = max(storages.get(at, 0), held)
-    return sum(storages.values())
+        found[at] = max(found.get(at, (0, 0))[0], held), storage.nbytes()
+    return found.values()
 
 
 def dense_cache_bytes(cache: Any) -> int:

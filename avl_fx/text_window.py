@@ -6,11 +6,14 @@ are moved to the front of the text's own positions, so that what is read is cont
 takes the place of the one that it drives out.
 
 All layers of a cache keep equally many text keys; which ones they are differs.
+
+A compact cache (`avl_fx.cache`) does not store what has left: there a window holds the slots of stored rows alone, and
+only counts the others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,7 +38,7 @@ class TextWindow:
     active: list[bool]
     """Batch rows with a visual key; the others keep all their text."""
     counts: list[int]
-    """Text keys so far, read or not."""
+    """Text keys in the cache, read or not."""
     kept: list[int]
     slots: Tensor
     """int64 ``[batch, capacity]``"""
@@ -43,10 +46,19 @@ class TextWindow:
     """Layer -> int64 ``[batch, capacity]``: the position at which the token in each slot once entered the cache."""
     scores: dict[int, Tensor] = field(default_factory=dict)
     """Layer -> float32 ``[batch, capacity]``"""
+    gone: list[int] = field(default_factory=list)
+    """Text keys that are not in the cache any more: those of a compact one that have left."""
+    newest: int = 0
+    """When the last slot in use was filled, in tokens of the sequence."""
 
     @classmethod
     def start(
-        cls, policy: TextPolicy, visual: Tensor, visible: Tensor | None, before: TextWindow | None = None
+        cls,
+        policy: TextPolicy,
+        visual: Tensor,
+        visible: Tensor | None,
+        before: TextWindow | None = None,
+        missing: int = 0,
     ) -> TextWindow:
         """The window after a prompt: all text is read, until `forget` is asked for each layer.
 
@@ -55,6 +67,7 @@ class TextWindow:
             visual: bool ``[batch, keys]``, the visual keys of the whole cache.
             visible: bool ``[batch, keys]``, without padding; ``None``: all of them.
             before: the window that the cache had until now. Rows that it moved keep their age.
+            missing: tokens that the cache does not hold any more; new rows are older than they look by so many.
         """
         visual = visual.cpu()
         text = (visual.cumsum(1) > 0) & ~visual
@@ -64,14 +77,15 @@ class TextWindow:
         slots = torch.zeros(len(text), max([*counts, 1]), dtype=torch.int64)
         for row, flags in enumerate(text):
             slots[row, : counts[row]] = flags.nonzero().flatten()
-        window = cls(policy, visual.any(1).tolist(), counts, list(counts), slots)
+        gone = [0] * len(counts) if before is None else list(before.gone)
+        window = cls(policy, visual.any(1).tolist(), counts, list(counts), slots, gone=gone)
         if before is not None:
-            window.tokens = {layer: before._ages(layer, slots) for layer in before.tokens}
+            window.tokens = {layer: before._ages(layer, slots, missing) for layer in before.tokens}
         return window
 
-    def _ages(self, layer: int, slots: Tensor) -> Tensor:
-        """``slots`` with the positions of moved tokens replaced by those at which they entered."""
-        ages = slots.clone()
+    def _ages(self, layer: int, slots: Tensor, missing: int) -> Tensor:
+        """When the token in each of ``slots`` entered the cache, in tokens of the sequence."""
+        ages = slots + missing
         for row, count in enumerate(self.counts):
             old = self.slots[row, :count]
             at = torch.searchsorted(old.contiguous(), slots[row].contiguous()).clamp(max=max(count - 1, 0))
@@ -80,8 +94,8 @@ class TextWindow:
                 ages[row, moved] = self.tokens[layer][row, at[moved]]
         return ages
 
-    def append(self, position: int) -> None:
-        """A decode step stored one token a row at ``position``; it is read from now on."""
+    def append(self, position: int, age: int | None = None) -> None:
+        """A decode step stored one token a row at ``position``, the sequence's token number ``age``; it is read now."""
         capacity = self.slots.shape[1]
         if max(self.counts) == capacity:
             more = max(64, capacity)
@@ -89,13 +103,14 @@ class TextWindow:
             self.tokens = {layer: _padded(t, more) for layer, t in self.tokens.items()}
             self.scores = {layer: _padded(t, more) for layer, t in self.scores.items()}
         self.slots[torch.arange(len(self.counts)), self.counts] = position
+        self.newest = position if age is None else age
         self.counts = [count + 1 for count in self.counts]
 
     def budget(self, row: int) -> int:
         """Text keys that batch row ``row`` may read."""
         if not self.active[row]:
             return self.counts[row]
-        return max(round(self.policy.budget * self.counts[row]), self.policy.minimum)
+        return max(round(self.policy.budget * (self.counts[row] + self.gone[row])), self.policy.minimum)
 
     def forget(self, layer: int, weights: Tensor, appended: bool) -> Moves | None:
         """Score the text of ``layer`` and drive out what is beyond the budget. `settle` follows, once for all layers.
@@ -116,7 +131,8 @@ class TextWindow:
         budgets = [self.budget(row) for row in range(len(self.counts))]
         quantile = 1 - self.policy.budget if self.policy.decay == "forgetting" else -1.0
         content = self.slots, self.tokens[layer], self.scores[layer]
-        moves = forget_native(weights, *content, self.kept, self.counts, budgets, quantile, appended)
+        entered = self.newest if appended else None
+        moves = forget_native(weights, *content, self.kept, self.counts, budgets, quantile, entered)
         if moves is None:
             moves = self._forget_slowly(layer, weights, budgets, quantile, appended)
         return moves if moves[0].shape[2] else None
@@ -126,9 +142,71 @@ class TextWindow:
         for row, kept in enumerate(self.kept):
             self.kept[row] = min(kept + int(appended), self.budget(row))
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether any text is not read."""
+        return self.kept != self.counts
+
     def cut(self, row: int) -> int | None:
         """The first text position of batch row ``row`` that is not read any more; ``None``: all of them are."""
         return int(self.slots[row, self.kept[row]]) if self.kept[row] < self.counts[row] else None
+
+    # ---- compact caches --------------------------------------------------------------------------------------------
+
+    def packed(self, places: Tensor) -> TextWindow:
+        """The window of a cache without the rows that are not read.
+
+        Args:
+            places: int64 ``[batch, keys]``: where each row goes.
+        """
+        width = max([*self.kept, 1])
+        left = [count - kept for count, kept in zip(self.counts, self.kept, strict=True)]
+        return replace(
+            self,
+            counts=list(self.kept),
+            kept=list(self.kept),
+            slots=places.gather(1, self.slots[:, :width]),
+            tokens={layer: tokens[:, :width].clone() for layer, tokens in self.tokens.items()},
+            scores={layer: scores[:, :width].clone() for layer, scores in self.scores.items()},
+            gone=[before + more for before, more in zip(self.gone, left, strict=True)],
+        )
+
+    def close_ranks(self, ends: list[int]) -> list[tuple[int, int]] | None:
+        """After a decode step on a compact cache: each row's new token, if it stays, goes to the end of its own rows.
+
+        Args:
+            ends: rows that each batch row occupied before the step; brought up to date.
+
+        Returns:
+            For each batch row ``(source, target)`` of the row to move, ``(0, -1)`` for none; ``None`` if none moves.
+        """
+        moves = []
+        for row, kept in enumerate(self.kept):
+            count, self.counts[row] = self.counts[row], kept
+            self.gone[row] += count - kept
+            newest = int(self.slots[row, count - 1])
+            moved = (0, -1)
+            if kept == count:  # it stays, in every layer, in the slot where it was stored
+                if newest > ends[row]:
+                    self.slots[row, count - 1] = ends[row]
+                    moved = (newest, ends[row])
+                ends[row] += 1
+            moves.append(moved)
+        return moves if any(target >= 0 for _, target in moves) else None
+
+    def select(self, index: Tensor) -> TextWindow:
+        """The window of a cache that holds the batch rows ``index`` of this one."""
+        rows = index.tolist()
+        return replace(
+            self,
+            active=[self.active[row] for row in rows],
+            counts=[self.counts[row] for row in rows],
+            kept=[self.kept[row] for row in rows],
+            gone=[self.gone[row] for row in rows],
+            slots=self.slots[index],
+            tokens={layer: tokens[index] for layer, tokens in self.tokens.items()},
+            scores={layer: scores[index] for layer, scores in self.scores.items()},
+        )
 
     def _forget_slowly(self, layer: int, weights: Tensor, budgets: list[int], quantile: float, appended: bool) -> Moves:
         """What `forget_native` does, where there is no compiler."""
@@ -139,7 +217,7 @@ class TextWindow:
             if appended and self.counts[row]:
                 last = self.counts[row] - 1
                 candidates.append(last)
-                tokens[last], scores[last] = slots[last], 0.0
+                tokens[last], scores[last] = self.newest, 0.0
             if candidates:
                 weight = weights[row].mean(0)[slots[candidates]]
                 scores[candidates] += weight - (weight.quantile(quantile) if quantile >= 0 else 0.0)

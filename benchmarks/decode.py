@@ -25,10 +25,10 @@ import torch
 import typer
 from rich.table import Table
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
 
 import avl_fx
 from avl_fx import Plan
+from benchmarks._decoding import PLAN, REFRESH, TEXT, filled, mean_share, read_bytes, visual_positions
 from benchmarks._models import llava
 from benchmarks._report import console, save, summary
 from tests.oracle.avl import avl_oracle
@@ -37,8 +37,7 @@ TOLERANCE, NEAR_TIE = 1e-3, 0.1
 KV_HEADS = {12: "MHA 12/12", 4: "GQA 12/4"}
 VISUAL = (576, 2880, 11520)
 BATCHES = (1, 4, 8)
-TEXT, HEAD_DIM, LAYERS = 32, 64, 8
-PLAN = Plan.avl(core=0.3, secondary=0.5, refresh=3, text=None)
+LAYERS = 8
 WARM_UP, ROUNDS = 5, 2
 
 Contenders = dict[str, tuple[str, Callable[..., Any]]]
@@ -63,25 +62,6 @@ def contenders(model: Any) -> Contenders:
         "partitioned, dynamic": ("dynamic", partitioned),
         "partitioned, static": ("static", partitioned),
     }
-
-
-def filled(model: Any, kind: str, batch: int, visual: int, steps: int) -> Any:
-    """A cache of a prompt of ``visual`` image tokens between two halves of `TEXT`."""
-    text, length = model.config.get_text_config(), visual + TEXT
-    cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=length + steps)
-    generator = torch.Generator().manual_seed(1)
-    shape = (batch, text.num_key_value_heads, length, HEAD_DIM)
-    key, value = (torch.randn(shape, generator=generator) for _ in range(2))
-    for layer in range(LAYERS):
-        cache.update(key, value, layer)
-    return cache
-
-
-def visual_positions(batch: int, visual: int) -> Tensor:
-    """bool ``[batch, prompt]``"""
-    flags = torch.zeros(batch, visual + TEXT, dtype=torch.bool)
-    flags[:, TEXT // 2 : TEXT // 2 + visual] = True
-    return flags
 
 
 def decode(
@@ -115,13 +95,6 @@ def bandwidth() -> float:
     return best
 
 
-def read_bytes(model: Any, batch: int, visual: int, share: float) -> float:
-    """What one step has to read: weights, and ``share`` of the visual key and value rows."""
-    weights = sum(p.nbytes for n, p in model.named_parameters() if "vision" not in n and "embed_tokens" not in n)
-    heads = model.config.get_text_config().num_key_value_heads
-    return weights + 2 * LAYERS * batch * heads * HEAD_DIM * 4 * (TEXT + share * visual)
-
-
 def measure(model: Any, everyone: Contenders, batch: int, visual: int, steps: int) -> dict[str, Any]:
     """One cell of the grid."""
     seconds: dict[str, list[float]] = {name: [] for name in everyone}
@@ -138,7 +111,7 @@ def measure(model: Any, everyone: Contenders, batch: int, visual: int, steps: in
         visual_positions(batch, visual),
         core=0.3,
         secondary=0.5,
-        refresh=3,
+        refresh=REFRESH,
         text=1.0,
         decoder_prefix="model.language_model.layers",
     ):
@@ -154,12 +127,11 @@ def measure(model: Any, everyone: Contenders, batch: int, visual: int, steps: in
     row |= {name: summary(times) for name, times in seconds.items()}
     if exact:
         speed, baseline = bandwidth(), min((row[n]["median_ms"], n) for n in list(everyone)[:4])
-        mean_share = (2 * PLAN.vision_policy.core + PLAN.vision_policy.secondary) / 3  # type: ignore[union-attr]
         row["fastest_baseline"] = baseline[1]
         row["bytes_per_second"] = round(speed)
         for name in list(everyone)[4:]:
-            share = mean_share if name.startswith("partitioned") else 1.0
-            bound = read_bytes(model, batch, visual, share) / speed * 1e3
+            plan = PLAN if name.startswith("partitioned") else Plan.identity()
+            bound = read_bytes(model, batch, visual, mean_share(plan)) / speed * 1e3
             row[name]["over_baseline"] = round(baseline[0] / row[name]["median_ms"], 3)
             row[name]["of_bound"] = round(row[name]["median_ms"] / bound, 3)
     return row

@@ -1,4 +1,4 @@
-"""Stage 5: a decode step stores its row in the spare capacity of a growing cache instead of copying the cache.
+"""Stage 6: a decode step stores its row in the spare capacity of a growing cache instead of copying the cache.
 
 A DynamicCache grows by ``cat([past, new])``, which copies every key and value of every layer at every step: more bytes
 than attention itself reads. Here the graph of a prompt hands its keys and values to the runtime, which gives them a
@@ -23,23 +23,22 @@ from torch import fx
 
 from avl_fx.passes.context import GrowingTensor, PassContext
 from avl_fx.passes.nodes import METADATA_OPS, alias_root, aliases, fake, hint, op, same_size, shape
-from avl_fx.passes.read_ranges import read_ranges, take_ranges
+from avl_fx.passes.read_ranges import decodes, read_ranges, take_ranges, takes
 from avl_fx.passes.rewrite import insert_call, remove_dead
 from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.passes.site import PassResult, Site, Status
 
 __all__ = ["append_in_place"]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DECODE = torch.ops.avl.partitioned_decode.default
 
 
 def append_in_place(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     """Rewrite the decoder's sites that attend to ``cat([past, new])`` of one new row each; ask for room elsewhere."""
     result = PassResult("append_in_place")
-    text = ctx.plan.text_policy
-    if not ctx.spare_rows or (text is not None and not text.is_identity):
+    if not ctx.spare_rows or (ctx.plan.text_window is not None and ctx.compact is None):
         # A text window lets new rows change places with old ones, which a cache that shares the buffer may still show.
+        # A compact cache shares its buffers with nobody.
         return result
     output = next(n for n in gm.graph.nodes if n.op == "output")
     returned = _Returned.of(output.args[0])
@@ -107,20 +106,15 @@ def _keys_and_values(site: Site) -> list[fx.Node]:
 
 
 def _serves(site: Site) -> bool:
-    """Whether `avl::partitioned_decode` means the same as this site's attention, or already is it."""
+    """Whether `avl::partitioned_decode` means the same as this site's attention, in decode steps, or already is it."""
     node = _attention(site)
-    if node.target not in (torch.ops.avl.attention.default, _DECODE):  # refused: as the model wrote it
+    if site.kind != "full":
         return False
-    query = fake(node.args[0])
-    if query.requires_grad or query.dtype not in _DTYPES or site.kind != "full":
-        return False
-    if node.target is _DECODE or site.queries != 1:
-        return True
-    _, _, _, mask, scale, is_causal, _ = node.args
-    if is_causal or not isinstance(scale, float) or (mask is not None and len(shape(mask) or ()) > 4):
-        return False
-    # What a GPU's fused kernels take for a short cache has not been measured against it.
-    return query.device.type == "cpu"
+    if node.target is torch.ops.avl.attention.default and site.queries == 1:
+        # What a GPU's fused kernels take for a short cache has not been measured against it.
+        return site.device == "cpu" and decodes(site)
+    # A prompt's is a start; a refused one is as the model wrote it.
+    return node.target in (torch.ops.avl.attention.default, _DECODE) and takes(fake(node.args[0]))
 
 
 def _started(node: fx.Node, returned: _Returned) -> list[int]:

@@ -13,12 +13,14 @@ from avl_fx.plan import Plan
 
 __all__ = [
     "CachedTensor",
+    "CompactRows",
     "DroppedKeys",
     "GrowingTensor",
     "KeyRanges",
     "PartitionIO",
     "PartitionedLayer",
     "PassContext",
+    "StoredTensor",
     "VisualSource",
 ]
 
@@ -86,6 +88,31 @@ class KeyRanges:
     """int32 ``[1]``"""
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a compact cache, as a graph takes it."""
+
+    before: int
+    """Position of its rows among the graph's inputs."""
+    length: int
+    """Tokens fed so far; where ``symbolic``, the position of that number among the inputs."""
+    symbolic: bool
+    complete: bool
+    """Whether the graph asks for a row for every token, whatever the state of the cache is."""
+
+
+@dataclass
+class CompactRows:
+    """How a graph that appends to a compact cache and the runtime meet."""
+
+    plans: set[str] = field(default_factory=set)
+    """Fingerprints of the plans that the caches were made for."""
+    stored: list[StoredTensor] = field(default_factory=list)
+    columns: fx.Node | None = None
+    """An input of the graph, int64 ``[batch, rows]``: the column of the model's mask for each stored row, ``-1`` for a
+    row that a batch row has not."""
+
+
 @dataclass
 class PartitionedLayer:
     """One decoder layer whose cache rows the runtime keeps partitioned."""
@@ -107,10 +134,14 @@ class PartitionIO:
     decode: bool
     """One query: the graph takes `KeyRanges`. Otherwise it is dense and only scores."""
     layers: list[PartitionedLayer]
+    compact: bool = False
+    """The cache is one of ours, which does not store what is left out."""
     positions: fx.Node | None = None
     """Key positions of the queries, in a static cache; int64 ``[queries]``."""
     last_mask: fx.Node | None = None
     """The mask of the last query, ``[batch, heads or 1, keys]`` boolean or additive; none: it sees every key."""
+    weight: int | None = None
+    """Position of the input with the weight that makes the first layer's values: tells whose cache it is."""
 
     def returned(self) -> list[fx.Node]:
         """What the graph returns beyond the model's own outputs, in this order."""
@@ -134,6 +165,7 @@ class PassContext:
     visual: VisualSource | None = None
     carried_visual: str | None = None
     """``carried`` or ``given`` when visual positions come with the graph's inputs."""
+    compact: CompactRows | None = None
     partition: PartitionIO | None = None
     ranges: KeyRanges | None = None
     spare_rows: bool = True

@@ -1,4 +1,4 @@
-"""Stage 6: canonical nodes become operators that Inductor knows."""
+"""Stage 8: canonical nodes become operators that Inductor knows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 4: decode reads the text and the visual keys that matter only (A-VL, arXiv 2409.14846, sections 4.1 to 4.3).
+"""Stage 5: decode reads the text and the visual keys that matter only (A-VL, arXiv 2409.14846, sections 4.1 to 4.3).
 
 A graph of several queries (a prompt, a later turn) stays dense. For each site it returns one row of scores more: how
 much its last queries attended to each key. Between calls the runtime picks core and secondary from it and *reorders the
@@ -12,6 +12,7 @@ exact.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import Any
 
@@ -22,11 +23,12 @@ from torch import fx
 from avl_fx.kernels import visual_scores as _visual_scores  # noqa: F401
 from avl_fx.passes.context import CachedTensor, PartitionedLayer, PartitionIO, PassContext
 from avl_fx.passes.drop_keys import output_positions
-from avl_fx.passes.nodes import alias_root, mutated_input, op, same_shape, shape, writes_to
+from avl_fx.passes.nodes import alias_root, arg, fake, mutated_input, op, same_shape, shape, writes_to
 from avl_fx.passes.read_ranges import read_ranges, take_ranges
 from avl_fx.passes.rewrite import insert_call, remove_dead
 from avl_fx.passes.share_queries import decoder_sites, same_value
 from avl_fx.passes.site import PassResult, Reason, Site, Status
+from avl_fx.plan import Plan
 
 __all__ = ["partition_modalities"]
 
@@ -37,11 +39,9 @@ _SAME_TENSOR = frozenset({"detach", "alias"})
 def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     """Apply ``ctx.plan``'s sections ``vision`` and ``text`` to the decoder's sites."""
     result = PassResult("partition_modalities")
-    vision, text = ctx.plan.vision_policy, ctx.plan.text_policy
-    window = 1 if vision is None else vision.scoring_window
-    forgets = text is not None and not text.is_identity
-    if (vision is None or vision.is_identity) and not forgets:
+    if not ctx.plan.reads_less:
         return result
+    window = 1 if ctx.plan.vision_policy is None else ctx.plan.vision_policy.scoring_window
     layers: list[tuple[Site, PartitionedLayer]] = []
     by_key: dict[fx.Node, Site] = {}
     for site in decoder_sites(ctx):
@@ -55,20 +55,19 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             result.refuse(site, *outcome)
     if not layers:
         return result
-    decode = layers[0][0].queries == 1
-    io = PartitionIO(decode=decode, layers=[layer for _, layer in layers])
+    # A prompt may be a single token: it continues no cache.
+    decode = layers[0][0].queries == 1 and all(layer.value.before is not None for _, layer in layers)
+    io = PartitionIO(decode=decode, layers=[layer for _, layer in layers], compact=ctx.compact is not None)
     first = layers[0][0].node
     assert first is not None
-    if not decode or forgets:  # a text window that starts late asks the same as one that starts with the prompt
-        io.positions = _static_positions(layers[0][0])
-        if first.args[_MASK] is not None:
-            io.last_mask = insert_call(first, operator.getitem, first.args[_MASK], (slice(None), slice(None), -1))
+    io.weight = _weight(gm, first.args[_VALUE])
+    # A decode step asks the same as a prompt: the partition may start there.
+    io.positions = _static_positions(layers[0][0])
+    if first.args[_MASK] is not None:
+        io.last_mask = insert_call(first, operator.getitem, first.args[_MASK], (slice(None), slice(None), -1))
     if decode:
         result.new_inputs = take_ranges(gm, ctx, layers[0][0])
-    else:
-        if ctx.visual is None:
-            for site, _ in layers:
-                site.detail = "visual positions unknown: stays dense"
+    words = f"partitioned: {_in_words(ctx.plan)}" if decode else "then partitioned"
     for site, layer in layers:
         inherits = layer.scores_from != layer.layer
         if decode:
@@ -77,11 +76,25 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         elif not inherits:
             layer.weights = _score(site, io, window)
         site.status = Status.REWRITTEN
-        site.action = f"{site.action}, partitioned" if inherits else "partitioned"
+        site.action = words if decode and site.action == "dense" else f"{site.action}, {words}"
         result.count += 1
     ctx.partition = io
     remove_dead(gm.graph, ctx.initially_unused, keep=ctx.keep())
     return result
+
+
+def _in_words(plan: Plan) -> str:
+    """What a decode step reads: ``core 0.3, secondary 0.5 every 3 steps, text 0.6``, shares of what there is."""
+    vision, text = plan.vision_policy, plan.text_window
+    parts = []
+    if vision is not None and not vision.is_identity:
+        if vision.refresh > 1:
+            parts.append(f"core {vision.core:g}")
+        every = f" every {vision.refresh} steps" if vision.refresh > 1 else ""
+        parts.append(f"secondary {vision.secondary:g}{every}")
+    if text is not None:
+        parts.append(f"text {text.budget:g}")
+    return ", ".join(parts)
 
 
 def _understand(
@@ -157,6 +170,20 @@ def _static_positions(site: Site) -> fx.Node | None:
     for write in writes_to(alias_root(site.node.args[_KEY])):  # type: ignore[arg-type]
         if op(write) == "index_copy_":
             return write.args[2]  # type: ignore[return-value]
+    return None
+
+
+def _weight(gm: fx.GraphModule, value: Any, limit: int = 16) -> int | None:
+    """Which input is the weight of the projection that makes ``value``, if it is one."""
+    pending = [alias_root(value)]
+    for node in itertools.islice(pending, limit):
+        if op(node) == "linear":
+            inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+            weight = arg(node, 1, "weight")
+            return inputs.index(weight) if weight in inputs else None
+        # The rows of this forward are what is appended last, or what is written into a buffer.
+        sources = [n for write in writes_to(node) for n in write.all_input_nodes] or node.all_input_nodes[::-1]
+        pending += [alias_root(n) for n in sources if isinstance(fake(n), torch.Tensor)]
     return None
 
 

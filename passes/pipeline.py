@@ -15,6 +15,8 @@ from avl_fx.passes.locate_modalities import locate_modalities
 from avl_fx.passes.lower import lower
 from avl_fx.passes.narrow_linears import narrow_linears
 from avl_fx.passes.partition_modalities import partition_modalities
+from avl_fx.passes.read_once import read_once
+from avl_fx.passes.resolve_rows import resolve_rows
 from avl_fx.passes.share_queries import share_queries
 from avl_fx.passes.site import PassResult
 from avl_fx.passes.verify import GraphFacts, verify
@@ -26,9 +28,11 @@ Pass = Callable[[fx.GraphModule, PassContext], PassResult]
 STAGES: tuple[Pass, ...] = (
     find_attention,  # every attention call -> one canonical avl::attention node
     locate_modalities,  # where the row-wise visual positions come from
+    resolve_rows,  # a compact cache: the rows that are there for those that the model believes in
     share_queries,  # lazy blocks inherit queries and keys; dead projections and key writes go
     partition_modalities,  # decode reads text and core; the rest of the visual keys is skipped
     append_in_place,  # a growing cache is not copied at each step
+    read_once,  # what else a decode step attends to on a CPU, one pass over its keys
     lower,  # canonical nodes -> operators Inductor knows
     narrow_linears,  # linear layers on a few rows read their weight once
     finish_outputs,  # outputs as the runtime expects them

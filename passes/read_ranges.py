@@ -1,12 +1,13 @@
-"""Lets decode sites read the key ranges that inputs of the graph name, through `avl::partitioned_decode`.
+"""Lets decode sites attend through `avl::partitioned_decode`: to the key ranges that inputs of the graph name, or all.
 
-Two stages need it: one that reads less (`partition_modalities`), one that stores the new row on the way
-(`append_in_place`).
+Three stages need it: one that reads less (`partition_modalities`), one that stores the new row on the way
+(`append_in_place`), and one that reads each key once for a group of query heads (`read_once`).
 """
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,11 +15,33 @@ from torch import fx
 # Importing the operator registers it.
 from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
 from avl_fx.passes.context import KeyRanges, PassContext
-from avl_fx.passes.nodes import shape
+from avl_fx.passes.nodes import fake, shape
 from avl_fx.passes.rewrite import add_input, insert_call
 from avl_fx.passes.site import Site
 
-__all__ = ["read_ranges", "take_ranges"]
+__all__ = ["decodes", "read_everything", "read_ranges", "take_ranges", "takes"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def takes(query: Any) -> bool:
+    """Whether `avl::partitioned_decode` takes a query like this tensor; it has no gradient."""
+    return query.dtype in _DTYPES and not query.requires_grad
+
+
+def decodes(site: Site) -> bool:
+    """Whether `avl::partitioned_decode` over every key means the same as the canonical node of ``site``."""
+    node = site.node
+    if node is None or node.target is not torch.ops.avl.attention.default or site.queries != 1:
+        return False
+    *tensors, scale, is_causal, _ = node.args
+    query, key, value, mask = map(fake, tensors)
+    # The flag is aligned with the first key: one query would see that one alone.
+    if is_causal or not isinstance(scale, float) or not takes(query):
+        return False
+    if any(t is not None and t.requires_grad for t in (key, value, mask)) or (mask is not None and mask.dim() > 4):
+        return False
+    return all(isinstance(t.stride(3), int) and t.stride(3) == 1 for t in (key, value))
 
 
 def take_ranges(gm: fx.GraphModule, ctx: PassContext, site: Site) -> tuple[str, ...]:
@@ -37,14 +60,23 @@ def take_ranges(gm: fx.GraphModule, ctx: PassContext, site: Site) -> tuple[str, 
 
 def read_ranges(site: Site, ctx: PassContext) -> fx.Node:
     """Replace the canonical node of ``site``, of one query, by `avl::partitioned_decode`; returns its weights."""
+    assert ctx.ranges is not None
+    return _attend(site, ctx.ranges.segments, ctx.ranges.weigh)
+
+
+def read_everything(site: Site) -> None:
+    """Replace the canonical node of ``site``, of which `decodes` holds, by `avl::partitioned_decode` over every key."""
+    _attend(site, None, None)
+
+
+def _attend(site: Site, segments: fx.Node | None, weigh: fx.Node | None) -> fx.Node:
     node = site.node
     assert node is not None
-    assert ctx.ranges is not None
     query, key, value, mask, scale, _, _ = node.args
     both = insert_call(
         node,
         torch.ops.avl.partitioned_decode.default,
-        *(query, key, value, None, None, mask, ctx.ranges.segments, ctx.ranges.weigh, scale),
+        *(query, key, value, None, None, mask, segments, weigh, scale),
     )
     out = insert_call(node, operator.getitem, both, 0)
     weights = insert_call(node, operator.getitem, both, 1)

@@ -1,4 +1,4 @@
-"""Stage 3: lazy layers read their anchor's queries and keys (Q Cache, arXiv 2602.01901, mode ``gla``).
+"""Stage 4: lazy layers read their anchor's queries and keys (Q Cache, arXiv 2602.01901, mode ``gla``).
 
 In a lazy block the first layer is the anchor. Every other layer keeps its own values, mask and output projection, but
 attends with the anchor's query and key. What only fed its own query and key (projections, norms, RoPE, the key write of

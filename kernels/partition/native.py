@@ -14,7 +14,7 @@ from avl_fx.kernels.native import bind
 
 __all__ = ["forget_native", "partition_native", "reselect_native"]
 
-_MoveSizes, _SelectSizes, _ForgetSizes = ctypes.c_int64 * 14, ctypes.c_int64 * 7, ctypes.c_int64 * 6
+_MoveSizes, _SelectSizes, _ForgetSizes = ctypes.c_int64 * 14, ctypes.c_int64 * 7, ctypes.c_int64 * 7
 
 
 _pointer = ctypes.c_void_p
@@ -94,7 +94,7 @@ def forget_native(
     counts: Sequence[int],
     budgets: Sequence[int],
     quantile: float,
-    appended: bool,
+    entered: int | None,
 ) -> tuple[Tensor, Tensor] | None:
     """Score text rows by one softmax row, and drive out what is beyond the budget (`avl_fx.text_window`).
 
@@ -107,7 +107,7 @@ def forget_native(
         counts: slots of each row in use.
         budgets: how many each row may keep.
         quantile: of the weights, taken off each of them; negative: nothing is.
-        appended: whether the last slot in use is new.
+        entered: age of the last slot in use, which is new; ``None``: it is not.
 
     Returns:
         ``(source, slots)`` int64 ``[batch, 1, moves]`` as `avl::partition_` takes them, perhaps no move;
@@ -117,10 +117,11 @@ def forget_native(
     if function is None:
         return None
     batch, capacity = slots.shape
+    appended = entered is not None
     room = 2 * max(1, *(k + appended - b for k, b in zip(kept, budgets, strict=True)))
     lists = [torch.tensor(numbers, dtype=torch.int64) for numbers in (kept, counts, budgets)]
     source, target = (torch.empty(batch, 1, room, dtype=torch.int64) for _ in range(2))
     tensors = (weights, slots, tokens, scores, *lists, source, target)
-    sizes = _ForgetSizes(batch, weights.shape[1], weights.shape[2], capacity, room, int(appended))
+    sizes = _ForgetSizes(batch, weights.shape[1], weights.shape[2], capacity, room, int(appended), entered or 0)
     moves = function(*(tensor.data_ptr() for tensor in tensors), sizes, quantile)
     return source[..., :moves], target[..., :moves]

@@ -6,12 +6,13 @@
 
 // For each batch row: adds this step's weight (less a quantile, unless `quantile` is negative) to the score of each
 // candidate, keeps `budget` of them, and fills `source` and `target` [batch, room] with the swaps that bring those that
-// stay to the front. Candidates are the first `prefix` slots and, if `appended`, the last. Returns the most entries.
+// stay to the front. Candidates are the first `prefix` slots and, if `appended`, the last, which entered at `age`.
+// Returns the most entries.
 extern "C" int64_t avl_forget(const float* weights, const int64_t* slots, int64_t* tokens, float* scores,
                               const int64_t* prefix, const int64_t* counts, const int64_t* budgets, int64_t* source,
                               int64_t* target, const int64_t* sizes, double quantile) {
   const int64_t batch = sizes[0], heads = sizes[1], keys = sizes[2], capacity = sizes[3], room = sizes[4],
-                appended = sizes[5];
+                appended = sizes[5], age = sizes[6];
   int64_t most = 0;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t* slot = slots + b * capacity;
@@ -23,7 +24,7 @@ extern "C" int64_t avl_forget(const float* weights, const int64_t* slots, int64_
     if (appended && counts[b] > 0) {
       const int64_t last = counts[b] - 1;
       candidates.push_back(last);
-      token[last] = slot[last];
+      token[last] = age;
       score[last] = 0.0f;
     }
     const int64_t n = static_cast<int64_t>(candidates.size()), budget = std::min(n, budgets[b]);

@@ -25,8 +25,8 @@ def partitioned_decode_aten(
     new_key: Tensor | None,
     new_value: Tensor | None,
     mask: Tensor | None,
-    segments: Tensor,
-    weigh: Tensor,
+    segments: Tensor | None,
+    weigh: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`avl::partitioned_decode` on CPU; see the schema for shapes."""
@@ -38,17 +38,18 @@ def partitioned_decode_aten(
     if mask is not None:
         mask = mask if mask.dtype == torch.bool else mask.float()
         mask = mask.expand(torch.broadcast_shapes(mask.shape, (1, 1, 1, keys)))
-    weights = torch.empty(batch, kv_heads, keys)
-    wanted = bool(weigh)
-    runs = _runs([_merged(row, keys) for row in segments.tolist()])
+    weights = torch.empty(batch, kv_heads, 0 if weigh is None else keys)
+    wanted = weigh is not None and bool(weigh)
+    rows = [[(0, keys)]] * batch if segments is None else segments.tolist()
+    runs = _runs([_merged(row, keys) for row in rows])
     if len(runs) == 1:
         return _attend(query, key, value, mask, runs[0][2], scale, weights.zero_() if wanted else None), weights
     outs = []
     for first, end, ranges in runs:
-        rows = slice(first, end)
-        hidden = mask if mask is None or mask.shape[0] == 1 else mask[rows]
-        target = weights[rows].zero_() if wanted else None
-        outs.append(_attend(query[rows], key[rows], value[rows], hidden, ranges, scale, target))
+        part = slice(first, end)
+        hidden = mask if mask is None or mask.shape[0] == 1 else mask[part]
+        target = weights[part].zero_() if wanted else None
+        outs.append(_attend(query[part], key[part], value[part], hidden, ranges, scale, target))
     return torch.cat(outs), weights
 
 

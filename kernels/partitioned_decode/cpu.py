@@ -13,8 +13,8 @@ def partitioned_decode_cpu(
     new_key: Tensor | None,
     new_value: Tensor | None,
     mask: Tensor | None,
-    segments: Tensor,
-    weigh: Tensor,
+    segments: Tensor | None,
+    weigh: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`avl::partitioned_decode` on CPU; see the schema for shapes."""

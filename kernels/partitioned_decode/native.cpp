@@ -2,8 +2,9 @@
 // schema.py; shapes and strides arrive in the order of `native.py`.
 //
 // One task is one key/value head and one split: an equal share of the keys that its batch row reads, however the ranges
-// lie. The query heads of a group go over a tile together, so each key and value is read once for all of them. Splits
-// are joined afterwards. Accumulation is in float32.
+// lie. What the mask hides from all heads at either end of a range (padding, rows of a static buffer that nothing is
+// stored in yet) is cut off first: it is no work to be shared. The query heads of a group go over a tile together, so
+// each key and value is read once for all of them. Splits are joined afterwards. Accumulation is in float32.
 
 #include <algorithm>
 #include <cmath>
@@ -81,7 +82,9 @@ struct Call {
   const int64_t* segments;
   void* out;
   float* weights;  // null: not wanted
-  int64_t batch, heads, kv_heads, keys, head_dim, value_dim, entries, mask_kind, threads;
+  int64_t batch, heads, kv_heads, keys, head_dim, value_dim;
+  int64_t entries;  // negative: no segments are given, and every key is read
+  int64_t mask_kind, threads;
   int64_t query_batch, query_head, key_batch, key_head, key_row, value_batch, value_head, value_row;
   int64_t new_key_batch, new_key_head, new_value_batch, new_value_head, mask_batch, mask_head, mask_key;
   float scale;
@@ -143,6 +146,7 @@ inline void accumulate(float* out, float factor, const float* weights, const flo
                        int64_t dim) {
   int64_t at = 0;
   for (; at + 8 * WIDTH <= dim; at += 8 * WIDTH) accumulate_chunks<8>(out, factor, weights, rows, count, at);
+  for (; at + 4 * WIDTH <= dim; at += 4 * WIDTH) accumulate_chunks<4>(out, factor, weights, rows, count, at);
   for (; at + WIDTH <= dim; at += WIDTH) accumulate_chunks<1>(out, factor, weights, rows, count, at);
   for (; at < dim; ++at) {
     float kept = out[at] * factor;
@@ -166,13 +170,71 @@ inline float bias_of(const Call& c, int64_t at) {
   return bias == NOTHING || bias > LOWEST || bias != bias ? bias : LOWEST;
 }
 
+// Whether the mask hides `key` from all query heads.
+bool hidden(const Call& c, int64_t batch_row, int64_t key) {
+  const int64_t at = batch_row * c.mask_batch + key * c.mask_key;
+  for (int64_t h = 0; h < (c.mask_head == 0 ? 1 : c.heads); ++h)
+    if (bias_of(c, at + h * c.mask_head) != NOTHING) return false;
+  return true;
+}
+
+// The bytes of a mask that is boolean, contiguous and one for all heads, from `key` on; null: it is none of these.
+const uint8_t* bytes_of(const Call& c, int64_t batch_row, int64_t key) {
+  const bool is_plain = c.mask_kind == 1 && c.mask_head == 0 && c.mask_key == 1;
+  return is_plain ? static_cast<const uint8_t*>(c.mask) + batch_row * c.mask_batch + key : nullptr;
+}
+
+// Without hidden keys at either end; maybe nothing is left.
+Range shown(const Call& c, int64_t batch_row, Range range) {
+  if (const uint8_t* bytes = bytes_of(c, batch_row, range.start)) {
+    // Static buffers are made for long answers: eight keys at a time from their end.
+    for (uint64_t eight; range.length >= 8; range.length -= 8) {
+      std::memcpy(&eight, bytes + range.length - 8, 8);
+      if (eight != 0) break;
+    }
+  }
+  while (range.length > 0 && hidden(c, batch_row, range.start + range.length - 1)) --range.length;
+  while (range.length > 0 && hidden(c, batch_row, range.start)) ++range.start, --range.length;
+  return range;
+}
+
+// Whether the mask is known to hide nothing of `range`.
+bool is_open(const Call& c, int64_t batch_row, Range range) {
+  const uint8_t* bytes = bytes_of(c, batch_row, range.start);
+  return bytes && std::memchr(bytes, 0, range.length) == nullptr;
+}
+
+// The keys that one batch row reads, in ascending order.
+struct Reading {
+  std::vector<Range> ranges;
+  int64_t keys = 0;
+  bool masked = false;  // the mask has to be asked about them
+};
+
+Reading reading_of(const Call& c, int64_t batch_row) {
+  Reading result;
+  const int64_t whole[2] = {0, c.keys};
+  const int64_t* segments = c.entries < 0 ? whole : c.segments + batch_row * c.entries * 2;
+  for (int64_t s = 0; s < (c.entries < 0 ? 1 : c.entries); ++s) {
+    Range range = {segments[2 * s], std::min(segments[2 * s + 1], c.keys - segments[2 * s])};
+    if (c.mask_kind != 0) range = shown(c, batch_row, range);
+    if (range.length <= 0) continue;
+    result.ranges.push_back(range);
+    result.keys += range.length;
+    result.masked |= c.mask_kind != 0 && !is_open(c, batch_row, range);
+  }
+  std::sort(result.ranges.begin(), result.ranges.end(), [](Range x, Range y) { return x.start < y.start; });
+  return result;
+}
+
 // Results of one task: per query head of the group the largest logit, the sum of weights, and the weighted values.
 struct Part { float *most, *total, *out; };
 
 template <typename T, int64_t DIM>
-void attend(const Call& c, int64_t batch_row, int64_t kv_head, const std::vector<Range>& ranges, int64_t first,
-            int64_t end, Part part, float* logits_out, int64_t logits_stride, float* scratch) {
+void attend(const Call& c, int64_t batch_row, int64_t kv_head, const Reading& reading, int64_t first, int64_t end,
+            Part part, float* logits_out, int64_t logits_stride, float* scratch) {
   const int64_t group = c.heads / c.kv_heads;
+  const std::vector<Range>& ranges = reading.ranges;
   const T* keys = static_cast<const T*>(c.key) + batch_row * c.key_batch + kv_head * c.key_head;
   const T* values = static_cast<const T*>(c.value) + batch_row * c.value_batch + kv_head * c.value_head;
   float* queries = scratch;
@@ -197,8 +259,8 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const std::vector
     while (at < end && count < TILE) {
       while (at - before >= ranges[range].length) before += ranges[range++].length;
       const int64_t position = ranges[range].start + at - before;
-      bool seen = c.mask_kind == 0;
-      if (c.mask_kind != 0) {
+      bool seen = !reading.masked;
+      if (reading.masked) {
         const int64_t base = batch_row * c.mask_batch + kv_head * group * c.mask_head + position * c.mask_key;
         for (int64_t g = 0; g < group; ++g) {
           const float bias = bias_of(c, base + g * c.mask_head);
@@ -218,7 +280,7 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const std::vector
       float* row = logits + g * TILE;
       float dots[TILE];
       products<DIM>(queries + g * c.head_dim, k, count, c.head_dim, dots);
-      if (c.mask_kind == 0) {
+      if (!reading.masked) {
         std::copy_n(dots, count, row);
       } else {
         // What is hidden stays hidden, whatever the product with it is.
@@ -266,18 +328,12 @@ void run(Call c) {
     ++c.keys;
   }
   const int64_t group = c.heads / c.kv_heads;
-  std::vector<std::vector<Range>> ranges(c.batch);
-  std::vector<int64_t> counts(c.batch, 0);
+  std::vector<Reading> readings;
   int64_t most_keys = 0, all_keys = 0;
   for (int64_t b = 0; b < c.batch; ++b) {
-    for (int64_t s = 0; s < c.entries; ++s) {
-      const int64_t start = c.segments[(b * c.entries + s) * 2];
-      const int64_t length = std::min(c.segments[(b * c.entries + s) * 2 + 1], c.keys - start);
-      if (length > 0) ranges[b].push_back({start, length}), counts[b] += length;
-    }
-    std::sort(ranges[b].begin(), ranges[b].end(), [](const Range& x, const Range& y) { return x.start < y.start; });
-    most_keys = std::max(most_keys, counts[b]);
-    all_keys += counts[b];
+    readings.push_back(reading_of(c, b));
+    most_keys = std::max(most_keys, readings[b].keys);
+    all_keys += readings[b].keys;
   }
   // Enough splits that every thread has the same to do; none so short that joining costs more than it saves.
   const int64_t pairs = c.batch * c.kv_heads;
@@ -299,15 +355,15 @@ void run(Call c) {
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t pair = task / splits, split = task % splits, b = pair / c.kv_heads, h = pair % c.kv_heads;
-      const int64_t share = (counts[b] + splits - 1) / splits;
-      const int64_t first = std::min(split * share, counts[b]), end = std::min(first + share, counts[b]);
+      const int64_t keys = readings[b].keys, share = (keys + splits - 1) / splits;
+      const int64_t first = std::min(split * share, keys), end = std::min(first + share, keys);
       float* row = c.weights ? logits.data() + pair * group * most_keys : nullptr;
       if (c.head_dim == 64)
-        attend<T, 64>(c, b, h, ranges[b], first, end, part(task), row, most_keys, scratch.data());
+        attend<T, 64>(c, b, h, readings[b], first, end, part(task), row, most_keys, scratch.data());
       else if (c.head_dim == 128)
-        attend<T, 128>(c, b, h, ranges[b], first, end, part(task), row, most_keys, scratch.data());
+        attend<T, 128>(c, b, h, readings[b], first, end, part(task), row, most_keys, scratch.data());
       else
-        attend<T, 0>(c, b, h, ranges[b], first, end, part(task), row, most_keys, scratch.data());
+        attend<T, 0>(c, b, h, readings[b], first, end, part(task), row, most_keys, scratch.data());
     }
 #pragma omp for schedule(static)
     for (int64_t pair = 0; pair < pairs; ++pair) {
@@ -336,7 +392,7 @@ void run(Call c) {
         const float* own = logits.data() + (pair * group + g) * most_keys;
         const float share = inverse / static_cast<float>(group);
         int64_t at = 0;
-        for (const Range& range : ranges[b])
+        for (const Range& range : readings[b].ranges)
           for (int64_t j = range.start; j < range.start + range.length; ++j) row[j] += exponential(own[at++] - base) * share;
       }
     }
@@ -351,7 +407,8 @@ extern "C" void avl_partitioned_decode(int64_t dtype, const void* const* tensors
   c.query = tensors[0], c.key = tensors[1], c.value = tensors[2], c.new_key = tensors[3], c.new_value = tensors[4];
   c.mask = tensors[5], c.segments = static_cast<const int64_t*>(tensors[6]);
   c.out = const_cast<void*>(tensors[7]), c.weights = static_cast<float*>(const_cast<void*>(tensors[9]));
-  if (*static_cast<const int32_t*>(tensors[8]) == 0) c.weights = nullptr;
+  const int32_t* weigh = static_cast<const int32_t*>(tensors[8]);
+  if (!weigh || *weigh == 0) c.weights = nullptr;
   std::memcpy(&c.batch, sizes, 24 * sizeof(int64_t));
   c.scale = scale;
   if (dtype == 0) run<float>(c);

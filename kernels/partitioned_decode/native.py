@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,18 +14,23 @@ from torch import Tensor
 from avl_fx.kernels.native import bind
 from avl_fx.kernels.partitioned_decode.capacity import check_spare_row
 
-__all__ = ["partitioned_decode_native"]
+__all__ = ["is_available", "partitioned_decode_native"]
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MASKS = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4, torch.float64: 5}
-_Pointers, _Sizes = ctypes.c_void_p * 10, ctypes.c_int64 * 24
+_POINTERS, _SIZES = struct.Struct("10N"), struct.Struct("24q")  # to pack them is much faster than to fill ctypes arrays
 _NO_STRIDES = (0, 0, 0)
 
 
 @cache
 def _function() -> Callable[..., None] | None:
-    arguments = [ctypes.c_int64, _Pointers, _Sizes, ctypes.c_float]
+    arguments = [ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_float]
     return bind(Path(__file__).with_name("native.cpp"), "avl_partitioned_decode", arguments)
+
+
+def is_available() -> bool:
+    """Whether the kernel can be built and loaded here."""
+    return _function() is not None
 
 
 def partitioned_decode_native(
@@ -34,8 +40,8 @@ def partitioned_decode_native(
     new_key: Tensor | None,
     new_value: Tensor | None,
     mask: Tensor | None,
-    segments: Tensor,
-    weigh: Tensor,
+    segments: Tensor | None,
+    weigh: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor] | None:
     """`avl::partitioned_decode`; see the schema for shapes. ``None``: not for this dtype, or there is no compiler."""
@@ -62,29 +68,36 @@ def partitioned_decode_native(
         mask_kind = _MASKS[mask.dtype]
         strides = mask.expand(batch, heads, 1, seen).stride()
         mask_strides = (strides[0], strides[1], strides[3])
-    segments = segments.contiguous()
+    entries = -1
+    if segments is not None:
+        segments = segments.contiguous()
+        entries = segments.shape[1]
     out = torch.empty((batch, heads, 1, value_dim), dtype=query.dtype)
-    weights = torch.empty((batch, kv_heads, seen), dtype=torch.float32)
-    pointers = _Pointers(
+    weights = torch.empty((batch, kv_heads, 0 if weigh is None else seen), dtype=torch.float32)
+    pointers = _POINTERS.pack(
         query.data_ptr(),
         _start(key),
         _start(value),
-        None if new_key is None else new_key.data_ptr(),
-        None if new_value is None else new_value.data_ptr(),
-        None if mask is None else mask.data_ptr(),
-        segments.data_ptr(),
+        _address(new_key),
+        _address(new_value),
+        _address(mask),
+        _address(segments),
         out.data_ptr(),
-        weigh.data_ptr(),
+        _address(weigh),
         weights.data_ptr(),
     )
-    sizes = _Sizes(
-        *(batch, heads, kv_heads, keys, head_dim, value_dim, segments.shape[1], mask_kind, torch.get_num_threads()),
+    sizes = _SIZES.pack(
+        *(batch, heads, kv_heads, keys, head_dim, value_dim, entries, mask_kind, torch.get_num_threads()),
         *(query_strides[0], query_strides[1], *key_strides[:3], *value_strides[:3]),
         *new_strides,
         *mask_strides,
     )
     function(dtype, pointers, sizes, scale)
     return out, weights
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _start(view: Tensor) -> int:

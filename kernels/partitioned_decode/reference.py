@@ -13,13 +13,14 @@ def partitioned_decode_reference(
     new_key: Tensor | None,
     new_value: Tensor | None,
     mask: Tensor | None,
-    segments: Tensor,
-    weigh: Tensor,
+    segments: Tensor | None,
+    weigh: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Reference of `avl::partitioned_decode`; see the schema for shapes.
 
-    Accumulates in float32, or in float64 when the query is float64. The weights are always filled.
+    Accumulates in float32, or in float64 when the query is float64. The weights are filled whatever
+    ``weigh`` says, unless it is ``None``.
     """
     if new_key is not None and new_value is not None:
         key, value = with_spare_row(key), with_spare_row(value)
@@ -34,7 +35,8 @@ def partitioned_decode_reference(
     positions = torch.arange(keys, device=query.device)
     full = None if mask is None else mask.expand(batch, heads, 1, keys)
     for row in range(batch):
-        ranges = [positions[start : start + length] for start, length in segments[row].tolist()]
+        pairs = [(0, keys)] if segments is None else segments[row].tolist()
+        ranges = [positions[start : start + length] for start, length in pairs]
         read = torch.cat([positions[:0], *ranges])
         for head in range(heads):
             seen, bias = read, torch.zeros((), dtype=work, device=query.device)
@@ -51,4 +53,4 @@ def partitioned_decode_reference(
             probabilities = torch.softmax(logits, dim=0)
             out[row, head, 0] = (probabilities @ value[row, shared, seen].to(work)).to(query.dtype)
             weights[row, shared, seen] += (probabilities / groups).float()
-    return out, weights
+    return out, weights[..., :0] if weigh is None else weights

@@ -25,8 +25,8 @@ def partitioned_decode(
     new_key: Tensor | None,
     new_value: Tensor | None,
     mask: Tensor | None,
-    segments: Tensor,
-    weigh: Tensor,
+    segments: Tensor | None,
+    weigh: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query per batch row over ranges of its keys; keys outside of them are not read.
@@ -45,14 +45,16 @@ def partitioned_decode(
             hides keys beyond those that ``segments`` leaves out.
         segments: int64 ``[batch, S, 2]`` with S <= 64: the key ranges that a batch row reads, as (start >= 0,
             length). They do not overlap, stand in any order, and are clipped to K'; length 0 marks an unused entry.
-            ``(0, large)`` alone is dense attention.
-        weigh: int32 ``[1]`` on the device of the query: non-zero asks for the weights.
+            ``(0, large)`` alone is dense attention, and so is ``None``.
+        weigh: int32 ``[1]`` on the device of the query: non-zero asks for the weights. ``None``: they are never wanted,
+            and empty.
         scale: factor on the logits, in query.key units.
 
     Returns:
         Two tensors. The attention output, ``[batch, heads, 1, value_dim]`` in the query's dtype: zeros for a row that
         sees no key. The weights, float32 ``[batch, kv_heads, K']``: softmax probabilities averaged over the query heads
-        that share a key/value head, 0 where nothing is read; their content is unspecified when ``weigh`` is 0.
+        that share a key/value head, 0 where nothing is read; their content is unspecified when ``weigh`` is 0. With
+        ``weigh=None`` they are ``[batch, kv_heads, 0]``.
 
         NaN that is read shows in the result. Keys that are not read, or that the mask (False, or additive -inf) hides
         from all query heads of their group, may hold anything.
@@ -87,7 +89,7 @@ def _(query, key, value, new_key, new_value, mask, segments, weigh, scale):
     batch, kv_heads, keys, _ = key.shape
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
     seen = keys if new_key is None else keys + 1
-    return out, query.new_empty((batch, kv_heads, seen), dtype=torch.float32)
+    return out, query.new_empty((batch, kv_heads, 0 if weigh is None else seen), dtype=torch.float32)
 
 
 def _check(
@@ -96,8 +98,8 @@ def _check(
     value: Tensor,
     new_key: Tensor | None,
     new_value: Tensor | None,
-    segments: Tensor,
-    weigh: Tensor,
+    segments: Tensor | None,
+    weigh: Tensor | None,
 ) -> None:
     batch, heads, queries, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]
@@ -116,11 +118,13 @@ def _check(
             raise ValueError("new_key, new_value: only one of them is given. Fix: give both or neither.")
         if new is not None and (new.shape != (batch, kv_heads, 1, cache.shape[3]) or new.dtype != cache.dtype):
             raise ValueError(f"{name}: {tuple(new.shape)}, {new.dtype} is no row of {tuple(cache.shape)}.")
-    if segments.dim() != 3 or segments.shape[0] != batch or segments.shape[2] != 2 or segments.dtype != torch.int64:
-        raise ValueError(f"segments: {tuple(segments.shape)}, {segments.dtype} instead of int64 [{batch}, S, 2].")
-    if segments.shape[1] > MAX_SEGMENTS:
-        raise ValueError(f"segments: {segments.shape[1]} a row. Fix: give at most {MAX_SEGMENTS}; merge neighbours.")
-    if weigh.shape != (1,) or weigh.dtype != torch.int32:
+    if segments is not None:
+        if segments.dim() != 3 or segments.shape[0] != batch or segments.shape[2] != 2 or segments.dtype != torch.int64:
+            raise ValueError(f"segments: {tuple(segments.shape)}, {segments.dtype} instead of int64 [{batch}, S, 2].")
+        if segments.shape[1] > MAX_SEGMENTS:
+            raise ValueError(f"segments: {segments.shape[1]} a row. Fix: at most {MAX_SEGMENTS}; merge neighbours.")
+    if weigh is not None and (weigh.shape != (1,) or weigh.dtype != torch.int32):
         raise ValueError(f"weigh: {tuple(weigh.shape)}, {weigh.dtype} instead of int32 [1].")
-    if segments.device != query.device or weigh.device != query.device or key.device != query.device:
-        raise ValueError(f"key, segments, weigh: not all of them are on {query.device}, as the query is.")
+    for name, tensor in (("key", key), ("segments", segments), ("weigh", weigh)):
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(f"{name}: on {tensor.device}, and the query on {query.device}. Fix: move them together.")

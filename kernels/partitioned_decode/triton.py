@@ -282,8 +282,8 @@ def partitioned_decode_triton(
     new_key: Tensor | None,
     new_value: Tensor | None,
     mask: Tensor | None,
-    segments: Tensor,
-    weigh: Tensor,
+    segments: Tensor | None,
+    weigh: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`avl::partitioned_decode` on CUDA and ROCm; see the schema for shapes."""
@@ -298,6 +298,9 @@ def partitioned_decode_triton(
         new_strides = (*new_key.stride()[:2], *new_value.stride()[:2])
     seen = key.shape[2]
     group = heads // kv_heads
+    if segments is None:
+        segments = query.new_zeros(batch, 1, 2, dtype=torch.int64)
+        segments[..., 1] = seen
     segments = segments.contiguous()
     query = query if query.stride(3) == 1 else query.contiguous()
     blocks = {
@@ -311,7 +314,7 @@ def partitioned_decode_triton(
     block_v = max(16, triton.next_power_of_2(value_dim))
 
     out = query.new_empty(batch, heads, 1, value_dim)
-    weights = query.new_empty(batch, kv_heads, seen, dtype=torch.float32)
+    weights = query.new_empty(batch, kv_heads, 0 if weigh is None else seen, dtype=torch.float32)
     lse = query.new_empty(batch, heads, dtype=torch.float32)
     part_out = query.new_empty(batch * kv_heads, splits, group, value_dim, dtype=torch.float32)
     part_max, part_sum = query.new_empty(2, batch * kv_heads, splits, group, dtype=torch.float32)
@@ -355,6 +358,8 @@ def partitioned_decode_triton(
         BLOCK_V=block_v,
         BLOCK_P=triton.next_power_of_2(splits),
     )
+    if weigh is None:
+        return out, weights
     weigh_kernel[(batch * kv_heads, triton.cdiv(seen, BLOCK_KEYS))](
         query,
         key,

@@ -71,12 +71,7 @@ def factory(tmp_path, monkeypatch):
     sys.modules.pop("my_models", None)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- avl, avl env ----------------------------------------------------------------------------------------------------

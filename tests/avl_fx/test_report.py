@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 
 import avl_fx
-from avl_fx._render import _lines
-from avl_fx._words import ascii_only, count, flops, kib, percent, ranges, seconds, symbols
+from avl_fx._render import _lines, _outcome
+from avl_fx._words import ascii_only, count, flops, flops_change, kib, percent, ranges, seconds, symbols
 from avl_fx.errors import OptionError
 from avl_fx.report import Report, SiteReport
-from tests.avl_fx._explained import LAZY, explained, tiny, tiny_inputs
+from tests.avl_fx._explained import LAZY, explained, growing, spans, tiny, tiny_inputs
 
 SITE = SiteReport(
     graph=0,
@@ -65,6 +65,14 @@ def refusing() -> Report:
     return avl_fx.explain(tiny(rank=3), **tiny_inputs())
 
 
+@pytest.fixture(scope="module")
+def avl() -> Report:
+    """Partitioned, with a text window and a lazy layer; five batch rows, the last without an image."""
+    plan = avl_fx.Plan.avl(text=0.5, text_minimum=2).combine(avl_fx.Plan.lazy([(0, 1)]))
+    rows = ("..########...", ".....####....", ".##....##....", "..##########.", ".............")
+    return growing(plan, spans(*rows), steps=5)
+
+
 def sites(layers: range, **changes) -> list[SiteReport]:
     return [dataclasses.replace(SITE, **{"layer": n, "module_path": f"layers.{n}.attn", **changes}) for n in layers]
 
@@ -73,8 +81,8 @@ def sites(layers: range, **changes) -> list[SiteReport]:
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 160])
-def test_table_is_ascii_and_fits(llava, refusing, width):
-    for report in (llava, refusing):
+def test_table_is_ascii_and_fits(llava, refusing, avl, width):
+    for report in (llava, refusing, avl):
         text = report.render(width=width, color=False)
         assert text.isascii()
         assert max(map(len, text.splitlines())) <= width
@@ -94,6 +102,7 @@ def test_table_says_what_matters(llava):
         "1 x 66, 1 x n + 1",
         "28 -> 24",
         "q and k projections",
+        "attention (unchanged)",
         "keys of layers 2-3 are not stored",
         "tracing and compiling",
         "find_attention",
@@ -103,6 +112,61 @@ def test_table_says_what_matters(llava):
     lazy = [line for line in text.splitlines() if "lazy (anchor 1)" in line]
     assert len(lazy) == 2  # one line for prefill, one for decode
     assert all(" 2-3 " in line for line in lazy)
+
+
+def test_table_says_what_a_decode_step_reads(avl):
+    text = avl.render(width=100)
+    words = " ".join(text.split())
+    for part in (
+        "prefill 0 13 x 13 bool dynamic full anchor, then partitioned",
+        "1 13 x 13 bool dynamic full lazy (anchor 0), then partitioned",
+        "anchor, partitioned: core 0.3,",
+        "secondary 0.5 every 3 steps, text 0.5",
+        "rows that a step does not read are stored as before: nothing is lost",
+        "keys and values dense core step refresh, 1 in 3 average",
+        "layers 0-1, each",
+        "all layers",
+        "256 tokens later",
+        "1,024 tokens later",
+        "attention FLOPs",
+        "keys 18 in each of 5 batch rows",
+        "visual 8, 4, 4, 10, ... tokens: core 2, 1, 1, 3, ...; secondary 4, 2, 2, 5, ...",
+        "text 8, 9, 13, 6, ... tokens behind the first visual one: read 5, 5, 7, 3, ...",
+        "Lazy layers multiply their anchor's keys again: they read as many rows as others.",
+        "decode steps of this run: 4 core, 1 refresh",
+    ):
+        assert part in words, part
+    assert "(unchanged)" not in words
+    assert "GPU" not in words
+    on_gpu = dataclasses.replace(avl, sites=tuple(dataclasses.replace(s, device="cuda") for s in avl.sites))
+    assert "On a GPU refreshes and steps under a text window go over the keys twice" in " ".join(str(on_gpu).split())
+
+
+def test_plans_in_words():
+    """What an outcome says of a decode step."""
+
+    def said(**settings):
+        report = growing(avl_fx.Plan.avl(**{"text": None, **settings}), spans("..########..."), steps=1)
+        (action,) = {s.action for s in report.sites if s.phases == ("decode",)}
+        (prompt,) = {s.action for s in report.sites if s.phases == ("prefill",)}
+        assert prompt == "dense, then partitioned"
+        return action.removeprefix("partitioned: ")
+
+    assert said() == "core 0.3, secondary 0.5 every 3 steps"
+    assert said(refresh=0) == said(refresh=1) == "secondary 0.5"
+    assert said(secondary=1.0, refresh=2) == "core 0.3, secondary 1 every 2 steps"
+    assert said(core=1.0, secondary=1.0, text=0.6) == "text 0.6"
+
+
+def test_outcomes_of_two_sections():
+    """A site that is lazy, and was then refused or not partitioned, is both."""
+    (site,) = sites(range(1), action="lazy (anchor 0)", status="refused", reason="no")
+    assert _outcome(site).plain == "lazy (anchor 0); refused: no"
+    (site,) = sites(range(1), status="refused", reason="no", detail="why")
+    assert _outcome(site).plain == "refused: no (why)"
+    (site,) = sites(range(1), action="dense, then partitioned", detail="not in this run: x")
+    assert _outcome(site).plain == "dense, then partitioned (not in this run: x)"
+    assert _outcome(site).style == "yellow"
 
 
 def test_table_shows_reasons(refusing):
@@ -172,6 +236,9 @@ def test_words():
         "3.2 TFLOP",
         "500 PFLOP",
     ]
+    assert flops_change(34.4e6, 31.2e6) == "34.4 -> 31.2 MFLOP"
+    assert flops_change(1.2e6, 999) == "1.2 MFLOP -> 999 FLOP"
+    assert flops_change(999, 1) == "999 -> 1 FLOP"
     assert [kib(n) for n in (4, 1024, 137216, 5 * 2**20, 3 * 2**40)] == [
         "4 B",
         "1.0 KiB",
@@ -203,6 +270,30 @@ def test_json_round_trip(llava):
     assert [site["layer"] for site in data["sites"] if site["action"].startswith("lazy")] == [*LAZY] * 3
     assert "before" not in data["graphs"][0]
     assert data["versions"]["torch"] == torch.__version__
+
+
+def test_json_names_its_units(avl):
+    data = json.loads(avl.to_json())
+    assert data == avl.to_dict()
+    reads = data["decode_reads"]
+    assert (reads["keys"], reads["refresh_every_steps"], reads["undivided"]) == (18, 3, None)
+    assert reads["steps"] == {"core": 4, "secondary": 1}
+    assert reads["rows"][0] == {
+        "visual_tokens": 8,
+        "core_tokens": 2,
+        "secondary_tokens": 4,
+        "text_tokens": 8,
+        "text_tokens_read": 5,
+    }
+    assert reads["rows"][4]["text_tokens"] is None
+    assert reads["total"].keys() == {"dense", "core", "secondary", "mean"}
+    assert reads["total"]["dense"] == {"kv_bytes": 2 * 5 * 18 * 2 * 16 * 4, "attention_flops": 2 * 5 * 18 * 2 * 2 * 16}
+    # 18 keys in each row but 6, 3, 3, 7 and no visual ones, and 3, 4, 6, 3 and no old text.
+    assert reads["total"]["core"]["kv_bytes"] == 2 * (5 * 18 - 19 - 16) * 2 * 16 * 4
+    assert [layer["layer"] for layer in reads["layers"]] == [0, 1]
+    assert reads["later"].keys() == {"256", "1024"}
+    assert data["kv"]["spare_bytes"] is None  # the cache was not the report's to measure
+    assert [s["attention_plan_flops"] < s["attention"] for s in data["savings"]] == [False, True]
 
 
 def test_report_is_plain_data(llava):

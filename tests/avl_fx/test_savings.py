@@ -8,14 +8,19 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import avl_fx
 from avl_fx.dropped_keys import marker
+from avl_fx.growing import longer, reserve
 from avl_fx.savings import (
+    LayerShape,
     attention_flops,
     cache_bytes,
+    compact_cache_bytes,
     dense_cache_bytes,
     key_bytes,
     kv_bytes,
     projection_flops,
     rope_flops,
+    scoring_flops,
+    spare_bytes,
 )
 from tests.avl_fx._explained import BLOCK, LAZY, TOKENS, explained, own_loop, zoo_model
 from tests.zoo import get
@@ -25,12 +30,7 @@ HIDDEN, FLOAT = 64, 4
 BATCH = 2
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prompt(name: str) -> int:
@@ -49,6 +49,9 @@ def test_formulas_count_what_torch_counts():
     with FlopCounterMode(display=False) as counter:
         (q @ k.mT).softmax(-1) @ v
     assert counter.get_total_flops() == attention_flops(3, 4, 5, 9, 8, 6)
+    with FlopCounterMode(display=False) as counter:
+        q[:, :, -2:] @ k.mT
+    assert counter.get_total_flops() == scoring_flops(3, 4, 2, 9, 8)
     # x * cos + rotate_half(x) * sin: three for each element.
     assert rope_flops(7, heads=4, kv_heads=2, head_dim=8) == 3 * (7 * 4 * 8 + 7 * 2 * 8)
 
@@ -133,6 +136,36 @@ def test_markers_count_as_one_element():
     keys = [marker(values, 16), marker(values, 16)]
     assert cache_bytes(keys) == 2
     assert dense_cache_bytes(keys) == 2 * values.numel() * 2
+
+
+def test_room_behind_the_tokens_is_not_cache():
+    rows = torch.zeros(2, 3, 10, 8)
+    view = reserve(rows, capacity=64)
+    assert cache_bytes([view, view]) == rows.nbytes
+    assert spare_bytes([view, view]) == 2 * 3 * 54 * 8 * 4
+    newer = longer(view)  # the same buffer, one row more
+    assert cache_bytes([view, newer]) == 2 * 3 * 11 * 8 * 4
+    assert spare_bytes([newer]) == 2 * 3 * 53 * 8 * 4
+    assert spare_bytes([rows, rows[0]]) == 0
+
+
+def test_a_compact_cache_by_hand():
+    layers = [LayerShape(2, 8, 6, 4), LayerShape(1, 16, 10, 2), LayerShape(1, 16, 10, 2)]
+    # Rows of the cache: max(10 + int(0.5 * 41), 20 + int(0.5 * 7)) = max(30, 23), for both batch rows.
+    assert compact_cache_bytes([10, 20], [41, 7], 0.5, layers[:1]) == 2 * 2 * 30 * (8 + 6) * 4 == 6720
+    assert compact_cache_bytes([10, 20], [41, 7], 0.5, layers) == 6720 + 2 * (2 * 1 * 30 * (16 + 10) * 2)
+    # The keys of lazy layers are not stored.
+    assert compact_cache_bytes([10, 20], [41, 7], 0.5, layers, lazy_layers=(1, 2)) == 6720 + 2 * (2 * 1 * 30 * 10 * 2)
+    assert compact_cache_bytes([10, 40], [41, 7], 0.5, layers[:1]) == 2 * 2 * 43 * (8 + 6) * 4  # the other row decides
+    assert compact_cache_bytes([5], [0], 0.5, layers[:1]) == 2 * 5 * 14 * 4
+    assert compact_cache_bytes([], [], 0.5, layers) == compact_cache_bytes([5], [3], 0.5, []) == 0
+    with pytest.raises(ValueError, match="zip"):
+        compact_cache_bytes([5], [3, 4], 0.5, layers)
+
+
+def test_a_compact_cache_that_keeps_everything_is_a_stock_cache():
+    shape = LayerShape(2, 8, 6, 4)
+    assert compact_cache_bytes([10, 7], [20, 23], 1.0, [shape] * 3) == 3 * kv_bytes(2, 2, 30, 8, 6, 4)
 
 
 def test_caches_of_transformers():

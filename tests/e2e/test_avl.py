@@ -1,7 +1,7 @@
 """L1: modality-partitioned attention equals the independent eager oracle, over decode steps that cross refreshes.
 
-Every model of the zoo that has visual positions among its keys (all but Mllama), both front doors, both stock caches,
-batch 1 and a ragged padded batch of 3, with and without lazy blocks on top.
+Every model of the zoo that has visual positions among its keys (all but Mllama), both front doors, both stock caches
+and ours, batch 1 and a ragged padded batch of 3, with and without lazy blocks on top.
 """
 
 import contextlib
@@ -12,14 +12,14 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import avl_fx
-from avl_fx import Plan
+from avl_fx import AVLCache, Plan
 from avl_fx.passes.site import Reason, Status
 from tests.e2e._covering import covering, one_each
 from tests.e2e._doors import DOORS, FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
 from tests.e2e.test_identity import FRAGMENTED
 from tests.oracle import avl_oracle
 from tests.zoo import ZOO
-from tests.zoo._run import prefill_and_decode
+from tests.zoo._run import on, prefill_and_decode
 
 STEPS = 24
 PRESETS = {
@@ -39,20 +39,31 @@ def as_oracle(settings):
 
 
 NAMES = [name for name, zoo in ZOO.items() if "full" in zoo.attention_kinds and name != "mllama"]
-FACTORS = (NAMES, DOORS, ("dynamic", "static"), (1, 3), tuple(PRESETS), ("dense", "lazy"))
+CACHES = ("dynamic", "static", "compact")
+FACTORS = (NAMES, DOORS, CACHES, (1, 3), tuple(PRESETS), ("dense", "lazy"))
 
 
 def _allowed(case):
-    return case[:2] not in FRAGMENTED
+    # PlainLVLM keeps a list of tensors of its own: what a transformers cache stores is nothing to it.
+    return case[:2] not in FRAGMENTED and (case[0] != "plain_lvlm" or case[2] != "compact")
 
 
 CASES = list(filter(_allowed, itertools.product(*FACTORS)))
 CHOSEN = one_each(CASES)
 """What `make test` runs: each model once, the other factors spread."""
 COVERING = covering(FACTORS, _allowed)
-"""What `make test-matrix` runs: any two of model, door, cache, batch, preset and laziness meet."""
+"""`make test-matrix` runs these, in which any two of model, door, cache, batch, preset and laziness meet ..."""
+SPREAD = itertools.cycle(itertools.product(DOORS, ("dense", "lazy")))
+TRIPLES = itertools.product(NAMES, CACHES, (1, 3), ("paper", "text", "heavy"))
+SPREAD_CASES = (
+    (name, door if (name, door) not in FRAGMENTED else DOORS[0], cache, batch, preset, layers)
+    for (name, cache, batch, preset), (door, layers) in zip(TRIPLES, SPREAD, strict=False)
+)
+PRODUCT = list(filter(_allowed, SPREAD_CASES))
+"""... and these: every model with every cache, batch and published preset, the other two factors spread."""
 COMPILED = [
     ("llava", "torch.compile", "dynamic", 3, "paper", "dense"),
+    ("llava", "avl_fx.compile", "compact", 3, "text", "dense"),
 ]
 
 
@@ -60,14 +71,18 @@ def ids(case):
     return "-".join(map(str, case))
 
 
-def check(name, door, cache, batch, preset, layers, compiler):
+def check(name, door, cache, batch, preset, layers, compiler, device="cpu"):
     zoo = ZOO[name]
     settings = PRESETS[preset]
-    model = zoo.make()
-    inputs = zoo.inputs(model, batch=batch)
+    model = zoo.make().to(device)
+    inputs = on(device, zoo.inputs(model, batch=batch))
     visual = zoo.visual_positions(model, inputs)
     blocks = [(1, zoo.decoder_layers - 1)] if layers == "lazy" else []
-    dense = prefill_and_decode(model, inputs, cache, steps=STEPS)
+    plan = Plan.avl(**{"text": None, **settings})
+    if blocks:
+        plan = plan.combine(Plan.lazy(blocks))
+    stock, cache = ("dynamic", AVLCache(plan, model.config)) if cache == "compact" else (cache, cache)
+    dense = prefill_and_decode(model, inputs, stock, steps=STEPS)
     with avl_oracle(
         model,
         visual,
@@ -76,10 +91,7 @@ def check(name, door, cache, batch, preset, layers, compiler):
         kinds=zoo.attention_kinds,
         **as_oracle(settings),
     ):
-        expected = prefill_and_decode(model, inputs, cache, steps=STEPS, tokens=dense.tokens)
-    plan = Plan.avl(**{"text": None, **settings})
-    if blocks:
-        plan = plan.combine(Plan.lazy(blocks))
+        expected = prefill_and_decode(model, inputs, stock, steps=STEPS, tokens=dense.tokens)
     # PlainLVLM splices by index: no mask shows in any graph, so the user has to tell.
     told = avl_fx.modality_ids(visual) if name == "plain_lvlm" else contextlib.nullcontext()
     with told, through(door, model, compiler=compiler, plan=plan) as recorder:
@@ -101,8 +113,8 @@ def test_partitioned_equals_oracle(case):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("case", [c for c in COVERING if c not in CHOSEN], ids=ids)
-def test_partitioned_equals_oracle_in_pairs(case):
+@pytest.mark.parametrize("case", sorted({*COVERING, *PRODUCT} - {*CHOSEN}), ids=ids)
+def test_partitioned_equals_oracle_everywhere(case):
     check(*case, compiler="eager")
 
 
@@ -180,17 +192,27 @@ def test_beam_search_runs_densely_after_its_first_reordering(cache):
         assert torch.equal(model.generate(**inputs, **options), expected)
 
 
-def test_a_mask_that_hides_visual_keys_keeps_attention_dense(caplog):
-    """Rows may change places only where the order of visual keys does not matter."""
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("dynamic", False), ("dynamic", True), ("static", True)],
+    ids=["dynamic", "dynamic-told", "static-told"],
+)
+def test_a_mask_that_hides_visual_keys_keeps_attention_dense(kind, told, caplog):
+    """Rows may change places only where the order of visual keys does not matter.
+
+    Where the positions are given for the whole run, every decode step could start late: neither may that.
+    """
     zoo = ZOO["llava"]
     model = zoo.make()
     inputs = zoo.inputs(model, batch=1)
     visual = zoo.visual_positions(model, inputs)
     inputs["attention_mask"] = inputs["attention_mask"].clone()
     inputs["attention_mask"][0, visual[0].nonzero()[3]] = 0
-    dense = prefill_and_decode(model, inputs, steps=4)
-    with through("avl_fx.compile", model, compiler="eager", plan=Plan.avl(text=None)):
-        got = prefill_and_decode(model, inputs, steps=4, tokens=dense.tokens)
+    dense = prefill_and_decode(model, inputs, kind, steps=4)
+    door = "torch.compile" if told else "avl_fx.compile"
+    always = avl_fx.modality_ids(visual) if told else contextlib.nullcontext()
+    with always, through(door, model, compiler="eager", plan=Plan.avl(text=None)):
+        got = prefill_and_decode(model, inputs, kind, steps=4, tokens=dense.tokens)
     assert largest(got, dense) <= FLOAT32_TOLERANCE
     assert "hides visual keys" in caplog.text
 

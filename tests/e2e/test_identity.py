@@ -19,7 +19,7 @@ from avl_fx.passes.site import Status
 from tests.e2e._covering import covering, one_each
 from tests.e2e._doors import DOORS, FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through, whole
 from tests.zoo import ZOO
-from tests.zoo._run import prefill_and_decode
+from tests.zoo._run import on, prefill_and_decode
 
 STEPS = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -53,10 +53,11 @@ SPREAD = one_each([case for case in MATRIX if case[0] != "qwen3_vl"])
 style, cache and dtype meet."""
 
 
-def check(name, door, style, cache, dtype, compiler):
+def check(name, door, style, cache, dtype, compiler, device="cpu"):
+    """Everything that is promised of one case; returns what was recorded."""
     zoo = ZOO[name]
-    model = zoo.make(style, dtype=DTYPES[dtype])
-    inputs = zoo.inputs(model, batch=2)
+    model = zoo.make(style, dtype=DTYPES[dtype]).to(device)
+    inputs = on(device, zoo.inputs(model, batch=2))
     eager = prefill_and_decode(model, inputs, cache, steps=STEPS)
     with through(door, model, compiler=compiler) as recorder:
         compiled = prefill_and_decode(model, inputs, cache, steps=STEPS, tokens=eager.tokens)
@@ -98,6 +99,7 @@ def check(name, door, style, cache, dtype, compiler):
     else:
         # Splicing by index leaves no mask in any graph: unknown, and never guessed.
         assert name in ("plain_lvlm", "mllama")
+    return recorder
 
 
 @pytest.mark.parametrize("case", COVERING, ids="-".join)

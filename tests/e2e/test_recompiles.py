@@ -14,6 +14,16 @@ STEPS = 64
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_no_recompile_after_the_second_decode_step(name, cache, plan):
+    check(name, cache, plan)
+
+
+@pytest.mark.parametrize(("name", "cache"), [("llava", "static"), ("gemma3", "dynamic")])
+def test_no_recompile_where_keys_are_read_once(name, cache, short_caches_too):
+    recorder = check(name, cache, None)
+    assert any(p.name == "read_once" and p.count for g in recorder.graphs for p in g.passes)
+
+
+def check(name, cache, plan):
     zoo = ZOO[name]
     model = zoo.make()
     inputs = zoo.inputs(model, batch=2)
@@ -25,6 +35,7 @@ def test_no_recompile_after_the_second_decode_step(name, cache, plan):
     assert counts[2] == counts[-1], f"graphs after each forward: {counts}"
     decode = [g for g in decoder_graphs(recorder) if decoder_sites(g)[0].queries == 1]
     assert len(decode) == (1 if cache == "static" else 2)
+    return recorder
 
 
 def _counting(forward, recorder, counts):

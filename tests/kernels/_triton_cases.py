@@ -154,6 +154,13 @@ def test_decode_without_any_stored_row() -> None:
     torch.testing.assert_close(weights, torch.ones(2, 2, 1))
 
 
+@pytest.mark.parametrize("appends", [False, True])
+def test_decode_without_ranges(appends: bool) -> None:
+    case = Decode()
+    for mask in (None, case.visible((2, 1, 1, 40 + appends))):
+        test_partitioned_decode.check_without_ranges(case, mask, appends, attend)
+
+
 def test_decode_of_many_segments() -> None:
     case = Decode(keys=200, batch=1)
     check_decode(case, [[(3 * i, 2) for i in range(64)]])

@@ -320,6 +320,100 @@ def test_nan_that_is_read_shows(shape: str, masked: bool) -> None:
             assert out.isnan().all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 90),
+    st.sampled_from(["bool", torch.float32, torch.bfloat16, torch.float64]),
+    st.sampled_from([(1, 1, 1), (2, 1, 1), (2, 8, 1), (1, 8, 3)]),
+    st.booleans(),
+    st.sampled_from([1, 2, 7]),
+)
+def test_rows_of_a_buffer_that_nothing_is_stored_in(
+    seed: int,
+    keys: int,
+    kind: str | torch.dtype,
+    shape: tuple[int, int, int],
+    ranged: bool,
+    threads: int,
+) -> None:
+    """Padding before and empty rows behind, in every row as many as it has, with holes or without between them.
+
+    A mask is the last row of a larger one, as a model cuts it; what it hides from all heads is NaN.
+    """
+    case, chance = Case(keys=keys), random.Random(seed)
+    query, key, value = case.tensors()
+    visible = torch.ones(*shape, keys, dtype=torch.bool)
+    if chance.random() < 0.5:
+        visible = torch.rand(visible.shape, generator=torch.Generator().manual_seed(seed)) > 0.2
+    for flags in visible[:, :, -1].flatten(0, 1):  # each batch row and head
+        first, last = sorted(chance.choices(range(keys + 1), k=2))
+        flags[:first], flags[last:] = False, False
+    mask = visible if kind == "bool" else torch.zeros(visible.shape, dtype=kind).masked_fill(~visible, -torch.inf)
+    mask, visible = mask[:, :, -1:], visible[:, :, -1:]
+    rows: Rows = [[(0, keys // 3), (keys // 2, LARGE)]] * 2 if ranged else [DENSE, DENSE]
+    unseen = ~visible.expand(2, 8, 1, keys).unflatten(1, (2, 4)).any(2).squeeze(2)
+    expected = truth(query, key, value, mask, rows, 0.3)
+    key[unseen] = torch.nan
+    value[unseen] = torch.nan
+    ranges, wish = (segments(rows), asked()) if ranged else (None, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        out, weights = IMPLEMENTATIONS["cpu"](query, key, value, None, None, mask, ranges, wish, 0.3)
+    assert error(out, expected[0]) <= TOLERANCE[torch.float32]
+    if wish is not None:
+        assert error(weights, expected[1]) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("boolean", [True, False], ids=["bool", "additive"])
+def test_one_key_that_is_seen(boolean: bool) -> None:
+    """Wherever it stands, the result is its value."""
+    case = Case(keys=27)
+    query, key, value = case.tensors()
+    for seen in range(27):
+        hidden = torch.arange(27) != seen
+        mask = ~hidden if boolean else torch.zeros(27).masked_fill(hidden, -torch.inf)
+        out, _ = IMPLEMENTATIONS["cpu"](query, key, value, None, None, mask.expand(2, 1, 1, 27), None, None, 0.3)
+        assert error(out, value[:, :, seen : seen + 1].repeat_interleave(4, 1)) <= TOLERANCE[torch.float32]
+
+
+# ---- without ranges --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("appends", [False, True])
+@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
+def test_no_ranges_is_every_key(dtype: torch.dtype, appends: bool, masked: bool) -> None:
+    case = Case(value_dim=24, dtype=dtype)
+    mask = case.visible((2, 1, 1, 40 + appends)) if masked else None
+    for attend in (partitioned_decode_reference, IMPLEMENTATIONS["cpu"], torch.ops.avl.partitioned_decode):
+        check_without_ranges(case, mask, appends, attend)
+
+
+def check_without_ranges(
+    case: Case, mask: Tensor | None, appends: bool, attend: Callable[..., tuple[Tensor, Tensor]]
+) -> None:
+    """Neither ranges nor a wish for weights, or just one of them."""
+    new = case.new() if appends else (None, None)
+    ranges = segments([DENSE, DENSE])
+    expected = attend(*case.tensors(), *new, mask, ranges, asked(), 0.3)
+    for given_ranges, wish in ((None, asked()), (None, None), (ranges, None)):
+        out, weights = attend(*case.tensors(), *new, mask, given_ranges, wish, 0.3)
+        assert error(out, expected[0]) <= TOLERANCE[case.dtype]
+        if wish is None:
+            assert weights.shape == (2, 2, 0)
+        else:
+            assert error(weights, expected[1]) <= TOLERANCE[torch.float32]
+
+
+def test_an_empty_list_of_ranges_is_no_key() -> None:
+    none = torch.zeros(2, 0, 2, dtype=torch.int64)
+    for attend in (partitioned_decode_reference, IMPLEMENTATIONS["cpu"]):
+        out, weights = attend(*Case().tensors(), None, None, None, none, asked(), 0.3)
+        assert not out.any()
+        assert not weights.any()
+
+
 # ---- the new row -----------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +515,9 @@ def test_opcheck(mask: str | None, dtype: torch.dtype) -> None:
             torch.ops.avl.partitioned_decode.default,
             (*case.tensors(), None, None, given, segments(SHAPES[shape]), asked(), 0.3),
         )
+    torch.library.opcheck(
+        torch.ops.avl.partitioned_decode.default, (*case.tensors(), None, None, given, None, None, 0.3)
+    )
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])

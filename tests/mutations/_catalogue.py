@@ -36,7 +36,11 @@ LOCATE, LOWER, VERIFY, REWRITE, NODES = (
 KERNEL, DROPPED = "tests/kernels/test_attention.py", "tests/avl_fx/test_dropped_keys.py"
 APPEND, NARROW, GROWN = f"{P}append_in_place.py", f"{P}narrow_linears.py", "tests/avl_fx/test_growing.py"
 GROWING = "tests/e2e/test_growing_cache.py -m 'not inductor'"
+READS = "tests/avl_fx/test_reads.py -k 'hand or ranges'"
+ONCE = f"{P}read_once.py"
+DECODE = "tests/kernels/test_partitioned_decode.py -k 'native and (is_stored or is_seen)'"
 STATE, AVL = "tests/avl_fx/test_partition.py", "tests/e2e/test_avl.py -m 'not matrix'"
+RESOLVE, STORED, COMPACT = f"{P}resolve_rows.py", "tests/avl_fx/test_stored_rows.py", "tests/e2e/test_compact_cache.py"
 
 
 def _in(file: str, *mutations: tuple[str, str, str, str]) -> list[Mutation]:
@@ -405,9 +409,55 @@ MUTATIONS: list[Mutation] = [
         "passes/read_ranges.py",
         (
             "decode without the mask",
-            "*(query, key, value, None, None, mask, ctx.",
-            "*(query, key, value, None, None, None, ctx.",
+            "*(query, key, value, None, None, mask, segments",
+            "*(query, key, value, None, None, None, segments",
             f"{APPEND} -k exact",
+        ),
+    ),
+    *_in(
+        "passes/read_ranges.py",
+        ("take a flag for nothing", "if is_causal or not isinstance", "if not isinstance", f"{ONCE} -k flag"),
+        (
+            "take what autograd knows",
+            "if any(t is not None and t.requires_grad for",
+            "if any(False for",
+            f"{ONCE} -k gradients",
+        ),
+        ("take any strides", "t.stride(3) == 1 for t in", "True for t in", f"{ONCE} -k steps_between"),
+        ("take any dtype", "return query.dtype in _DTYPES and", "return", f"{ONCE} -k float64"),
+    ),
+    *_in(
+        "passes/read_once.py",
+        ("take what has no cache", 'return site.cache != "none" or', "return True or", f"{ONCE} -k left_alone"),
+        ("take short caches", ">= MIN_PRODUCTS[query.dtype] * threads", ">= 0", f"{ONCE} -k short"),
+        (
+            "count threads that have nothing to do",
+            "min(torch.get_num_threads(), programs)",
+            "torch.get_num_threads()",
+            f"{ONCE} -k short",
+        ),
+        ("forget what a plan refused", "if site.status is Status.FOUND:", "if True:", f"{ONCE} -k refuses"),
+    ),
+    *_in(
+        "kernels/partitioned_decode/native.cpp",
+        (
+            "hide from all heads what the first does not see",
+            "h < (c.mask_head == 0 ? 1 : c.heads)",
+            "h < 1",
+            DECODE,
+        ),
+        (
+            "cut off the last key that is seen",
+            "range.start + range.length - 1)) --range.length;",
+            "range.start + range.length - 2)) --range.length;",
+            DECODE,
+        ),
+        ("cut off eight keys of which some are seen", "if (eight != 0) break;", "if ((eight & 1) != 0) break;", DECODE),
+        (
+            "ask no mask about a range with holes",
+            "return bytes && std::memchr(bytes, 0, range.length) == nullptr;",
+            "return bytes != nullptr;",
+            DECODE,
         ),
     ),
     *_in(
@@ -422,7 +472,7 @@ MUTATIONS: list[Mutation] = [
         ("grow what autograd knows", "if fake(past).requires_grad or fake(new).requires_grad:", "if False:", APPEND),
         ("take any cache for one with room", "head_stride >= (keys + 1) * dim)", "head_stride >= dim)", APPEND),
         ("append two rows as if they were one", "or added[2] != 1:", "or False:", APPEND),
-        ("grow a sliding window", 'or site.kind != "full":', "or False:", f"{GROWING} -k gemma3"),
+        ("grow a sliding window", 'if site.kind != "full":', "if False:", f"{GROWING} -k gemma3"),
     ),
     *_in(
         "avl_fx/growing.py",
@@ -430,8 +480,59 @@ MUTATIONS: list[Mutation] = [
         ("forget what was taken", "                buffer.taken = keys + 1\n", "", GROWN),
         ("leave no spare row", "return view if keys < claimed", "return view if keys <= claimed", GROWN),
         ("believe a copied attribute", "buffer.address == view.untyped_storage().data_ptr()", "True", GROWN),
-        ("copy into a smaller buffer", "capacity=view.stride(1) // view.stride(2)", "capacity=None", GROWN),
+        ("copy into a smaller buffer", "view, view.stride(1) // view.stride(2), spare", "view, None, spare", GROWN),
         ("give beams room in vain", "if getattr(args[tensor.before], _RETURNED, False):", "if True:", GROWING),
+    ),
+    *_in(
+        "passes/resolve_rows.py",
+        (
+            "show rows that are not there",
+            'call("masked_fill", old, call(torch.logical_not, there), torch.finfo(dtype).min)',
+            "old",
+            RESOLVE,
+        ),
+        ("keep the mask of all tokens", "site.node.update_arg(_MASK, fitted)", "pass", RESOLVE),
+        (
+            "let anybody read stored rows",
+            'return all(user in sites or user.op == "output" for user in node.users)',
+            "return True",
+            RESOLVE,
+        ),
+        ("take any mask for one with all columns", "and same_size(sizes[3], keys[2])", "", RESOLVE),
+    ),
+    *_in(
+        "avl_fx/stored_rows.py",
+        (
+            "give each row of the batch the longest one's columns",
+            ".gather(1, source.clamp(min=0)).masked_fill(source < 0, -1)",
+            ".gather(1, source.clamp(min=0))",
+            STORED,
+        ),
+        (
+            "take rows back and not their tokens",
+            "count=self.count - tokens, length=self.length - tokens",
+            "count=self.count - tokens",
+            STORED,
+        ),
+    ),
+    *_in(
+        "avl_fx/text_window.py",
+        ("forget how much text is gone", "self.gone[row] += count - kept", "pass", STORED),
+        ("leave a gap behind a shorter batch row", "if newest > ends[row]:", "if False:", STORED),
+        ("take a new token for an old one", "self.newest = position if age is None else age", "pass", STORED),
+    ),
+    *_in(
+        "avl_fx/compact_calls.py",
+        ("believe every cache complete", "if rows != length:", "if False:", RESOLVE),
+    ),
+    *_in(
+        "avl_fx/cache.py",
+        (
+            "let copies count together",
+            "twin._sequence = copy.copy(self._sequence)",
+            "twin._sequence = self._sequence",
+            f"{COMPACT} -k 'batch_rows and text'",
+        ),
     ),
     *_in(
         "passes/narrow_linears.py",
@@ -459,6 +560,12 @@ MUTATIONS: list[Mutation] = [
             "if False:",
             f"{AVL} -k hides",
         ),
+        (
+            "ask the masks of prompts only",
+            "if first.args[_MASK] is not None:",
+            "if not decode and first.args[_MASK] is not None:",
+            f"{AVL} -k 'hides and told'",
+        ),
     ),
     *_in(
         "avl_fx/partition.py",
@@ -474,11 +581,23 @@ MUTATIONS: list[Mutation] = [
             "pass",
             STATE,
         ),
-        ("read one visual row too many", "start = position + 1", "start = position", STATE),
+        ("read one visual row too many", "holes = [(p, p + 1) for", "holes = [(p, p) for", STATE),
+        (
+            "take back more than was fed since the prompt",
+            "or left < prompt",
+            "",
+            f"{COMPACT} -k taken_back",
+        ),
+        (
+            "read the gap of a shorter batch row",
+            "if stored is not None and stored.ends",
+            "if False and stored.ends",
+            STORED,
+        ),
         (
             "believe a state that is out of date",
-            "return partition if generation == partition.generation and version == _version(tensor) else None",
-            "return partition",
+            "if found is None or found.generation != found.partition.generation or found.version != _version(tensor):",
+            "if found is None:",
             STATE,
         ),
     ),
@@ -492,5 +611,17 @@ MUTATIONS: list[Mutation] = [
         ),
         ("never pick core anew", "if partition.refreshes and", "if False and", f"{AVL} -k 'oracle and mistral3'"),
         ("start a second turn from nothing", "if before is not None:", "if False:", f"{AVL} -k second_turn"),
+    ),
+    *_in(
+        "avl_fx/reads.py",
+        ("call the first step a refresh", "step % policy.refresh == 0", "step % policy.refresh == 1", READS),
+        ("drop the new token as well", "before = row.text + step - 1", "before = row.text + step", READS),
+        (
+            "forget the minimum",
+            "max(round(policy.budget * text), policy.minimum)",
+            "round(policy.budget * text)",
+            READS,
+        ),
+        ("leave out text of rows without images", "    if row.visual:\n", "    if True:\n", READS),
     ),
 ]

@@ -27,7 +27,8 @@ def test_the_patch_applies_once_and_makes_python(mutation: Mutation) -> None:
     assert source.count(mutation.old) == 1
     changed = source.replace(mutation.old, mutation.new)
     assert changed != source
-    ast.parse(changed)
+    if mutation.file.endswith(".py"):
+        ast.parse(changed)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=identify)

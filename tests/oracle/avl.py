@@ -18,8 +18,14 @@ minimum)`, where n counts all of it so far. Each row a that scores adds `a_j - q
 each kept text key j, the quantile over those keys (`decay="none"`: adds a_j). Beyond the budget the newest
 `budget // 2` stay and, of the rest, the best `budget - budget // 2` by score. What leaves never comes back.
 
+*Compact*: a later turn attends densely to what was not dropped: minor and evicted text are gone for good, and shares
+are still of all visual keys ever fed.
+
 *Late start*: one query whose layer was never seen before (the prompt ran elsewhere) is dense, and its row starts the
 partition.
+
+*Lost*: a cache that was cropped, copied or reordered has no state. It is dense until a prompt shows visual keys again;
+where the visual positions are known all the same, one query starts late.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,6 +55,8 @@ class LayerState:
     """[B, K]: text keys that are kept, those before the first visual key among them"""
     text_scores: Tensor
     """[B, K]"""
+    gone: Tensor
+    """[B, group, K]: dropped from a compact cache"""
     length: Tensor
     """[B]: text keys behind the first visual one so far, kept or not"""
     seen: int
@@ -71,15 +79,25 @@ class AvlOracle:
     decay: Literal["forgetting", "none"] = "forgetting"
     lazy: LazyOracle | None = None
     kinds: Sequence[str] = ()
+    compact: bool = False
 
     def __post_init__(self) -> None:
         self.layers: dict[int, LayerState] = {}
+        self.held = 0
+        """Keys that the cache holds though nothing is known of them."""
         self.read: list[tuple[int, int]] = []
         """(layer, keys read by the first batch row) of every partitioned step."""
 
     def see(self, visual: Tensor) -> None:
         """`visual` bool [B, keys so far and those of the next prompt]: another prompt on the same cache."""
         self.visual = visual
+
+    def lose(self, held: int, told: bool = False) -> None:
+        """Nothing is known any more of the `held` keys in the cache; `told`: their visual positions still are."""
+        self.layers.clear()
+        self.held = held
+        if not told:
+            self.visual = torch.zeros(1, 0, dtype=torch.bool)  # for any number of rows
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
@@ -91,7 +109,11 @@ class AvlOracle:
         if self.kinds and self.kinds[layer] != "full":
             weights = attention_weights(q, k, mask, scale, causal)
         elif q.shape[2] > 1 or state is None:
-            weights = attention_weights(q, k, mask, scale, causal)
+            seen = mask
+            if self.compact and state is not None:
+                self._grow(state, k.shape[2])
+                seen = self._hide(state.gone, q, mask)
+            weights = attention_weights(q, k, seen, scale, causal)
             visible = _visible(mask, q.shape[0], q.shape[2], k.shape[2], causal)
             self._start(layer, weights, visible, group, state)
         else:
@@ -102,31 +124,56 @@ class AvlOracle:
 
     def _start(self, layer: int, weights: Tensor, visible: Tensor, group: int, state: LayerState | None) -> None:
         batch, heads, queries, keys = weights.shape
-        last = torch.stack([row.nonzero().max() for row in visible])  # the last key that is no padding, by row
-        first_query = 0 if state is None else state.seen
+        # The last key that is no padding, by row; -1 in a piece of a prompt that is nothing but padding so far.
+        last = [max(row.nonzero().flatten().tolist(), default=-1) for row in visible]
+        first_query = self.held if state is None else state.seen
         if state is None and queries == 1:  # a late start: everything up to the newest key has been seen
-            first_query = int(last.max())
+            first_query = max(last)
         row = torch.zeros(batch, heads, keys)
         for b in range(batch):
             rows = [r for r in range(queries) if first_query + r <= last[b] and visible[b, first_query + r]]
-            row[b] = weights[b, :, rows[-self.window :]].mean(1)
+            if rows:
+                row[b] = weights[b, :, rows[-self.window :]].mean(1)
 
         visual = torch.zeros(batch, keys, dtype=torch.bool)
         known = min(self.visual.shape[1], first_query + queries)
         visual[:, :known] = self.visual[:, :known].cpu()
         score = self._by_group(row, group)
         behind = visual.cumsum(1) > 0
+        gone = torch.zeros_like(score, dtype=torch.bool)
+        if self.compact and state is not None:
+            gone = state.gone
+        there = visual[:, None] & ~gone
         self.layers[layer] = LayerState(
             step=0,
             visual=visual,
-            core=self._best(score, visual[:, None].expand_as(score), visual, self.core),
-            secondary=self._best(score, visual[:, None].expand_as(score), visual, self.secondary),
-            text=visible & ~visual,
+            core=self._best(score, there, visual, self.core),
+            secondary=self._best(score, there, visual, self.secondary),
+            text=visible & ~visual & ~gone.all(1),
+            gone=gone,
             text_scores=torch.zeros(batch, keys),
             length=(visible & behind & ~visual).sum(1),
             seen=first_query + queries,
         )
         self._forget(self.layers[layer], row.mean(1))
+        self._drop(self.layers[layer])
+
+    def _drop(self, state: LayerState) -> None:
+        """What a compact cache does not store: visual keys beyond secondary, and text that left."""
+        if self.compact:
+            state.gone = state.gone | (state.visual[:, None] & ~state.secondary)
+            fed = torch.arange(state.text.shape[1]) < state.seen
+            state.gone = state.gone | (~state.text & ~state.visual & fed)[:, None]
+
+    @staticmethod
+    def _hide(hidden: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
+        """`mask` without the keys `hidden` [B, group, K]."""
+        per_head = hidden.repeat_interleave(q.shape[1] // hidden.shape[1], dim=1)[:, :, None]
+        lowest = torch.finfo(q.dtype).min
+        hidden = torch.zeros(per_head.shape, dtype=q.dtype).masked_fill(per_head, lowest).to(q.device)
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, lowest)
+        return hidden if mask is None else torch.minimum(hidden, mask)
 
     def _by_group(self, row: Tensor, group: int) -> Tensor:
         """[B, H, K] -> [B, 1, K] or [B, KV, K]"""
@@ -160,16 +207,12 @@ class AvlOracle:
         images = state.secondary if refresh or self.refresh == 0 else state.core
         readable = images | state.text[:, None]  # [B, group, K]
         self.read.append((layer, int(readable[0, 0].sum())))
-        per_head = readable.repeat_interleave(q.shape[1] // readable.shape[1], dim=1)[:, :, None]
-        hidden = torch.zeros(per_head.shape, dtype=q.dtype).masked_fill(~per_head, torch.finfo(q.dtype).min)
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-        both = hidden if mask is None else torch.minimum(hidden, mask)
-        weights = attention_weights(q, k, both, scale)
-        row = weights[:, :, 0].float()
+        weights = attention_weights(q, k, self._hide(~readable, q, mask), scale)
+        row = weights[:, :, 0].float().cpu()  # what is decided is decided there
         if refresh:
             state.core = self._best(self._by_group(row, group), state.secondary, state.visual, self.core)
         self._forget(state, row.mean(1))
+        self._drop(state)
         return weights
 
     @staticmethod
@@ -177,10 +220,8 @@ class AvlOracle:
         """A dynamic cache has one key more each step."""
         more = keys - state.text.shape[1]
         if more > 0:
-            state.visual, state.core, state.secondary, state.text, state.text_scores = (
-                torch.nn.functional.pad(x, (0, more))
-                for x in (state.visual, state.core, state.secondary, state.text, state.text_scores)
-            )
+            for name in ("visual", "core", "secondary", "text", "text_scores", "gone"):
+                setattr(state, name, torch.nn.functional.pad(getattr(state, name), (0, more)))
 
     # --- text ---
 

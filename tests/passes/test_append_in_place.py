@@ -127,6 +127,12 @@ def test_gradients_need_the_copy(position):
     assert rewrite(Step(), *args).result("append_in_place").count == 0
 
 
+def test_a_cache_that_autograd_knows_keeps_its_rows_without_gradients_as_well():
+    args = tensors()
+    args[3] = reserve(args[3]).requires_grad_()
+    assert run(Step(), args).result("append_in_place").count == 0
+
+
 def test_not_where_inputs_are_copied_first():
     rewritten = run(Step(), tensors(), edit=lambda ctx: setattr(ctx, "spare_rows", False))
     assert rewritten.result("append_in_place").count == 0

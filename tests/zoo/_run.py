@@ -30,6 +30,11 @@ class _Forced(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
+def on(device: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same inputs on ``device``."""
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
 @torch.no_grad()
 def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The logits [batch, seq, vocab] of one forward pass over the prompt."""

@@ -1,0 +1,355 @@
+"""`AVLCache` behind `generate`: what it stores, and that it keeps the contract of a transformers cache.
+
+That its answers are the oracle's is tested with the other caches, in `test_avl`.
+"""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import avl_fx
+from avl_fx import AVLCache, Plan
+from avl_fx.errors import CacheStateError
+from tests.e2e._doors import DOORS, FLOAT32_TOLERANCE, decoder_graphs, largest, through
+from tests.e2e.test_avl import converse
+from tests.oracle import avl_oracle
+from tests.zoo import ZOO
+from tests.zoo._run import prefill_and_decode
+
+ZOO_MODEL = ZOO["llava"]
+PAPER = Plan.avl(core=0.3, secondary=0.5, refresh=3, text=None)
+WITH_TEXT = Plan.avl(core=0.3, secondary=0.5, refresh=3, text=0.5, text_minimum=4)
+ALL_KEPT = Plan.avl(core=0.3, secondary=1.0, refresh=2, text=None)
+
+
+EVERY_PLAN = pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(PAPER, id="paper", marks=pytest.mark.matrix),
+        pytest.param(WITH_TEXT, id="text"),
+        pytest.param(ALL_KEPT, id="lossless", marks=pytest.mark.matrix),
+    ],
+)
+
+
+@pytest.fixture
+def model():
+    return ZOO_MODEL.make()
+
+
+def inputs_of(model, batch=1, seed=0):
+    return ZOO_MODEL.inputs(model, batch=batch, seed=seed)
+
+
+def compiled(model, plan, door="avl_fx.compile"):
+    return through(door, model, compiler="eager", plan=plan)
+
+
+# ---- what it stores --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_it_stores_text_and_secondary_to_the_byte(model, batch):
+    inputs = inputs_of(model, batch)
+    visual, real = ZOO_MODEL.visual_positions(model, inputs), inputs["attention_mask"].bool()
+    cache, steps = AVLCache(PAPER, model.config), 6
+    with compiled(model, PAPER):
+        prefill_and_decode(model, inputs, cache, steps=steps)
+    # Padding is not stored; what is fed later stands behind the longest row of the batch.
+    counts = zip(real.sum(1).tolist(), visual.sum(1).tolist(), strict=True)
+    rows = max(tokens - images + int(0.5 * images) for tokens, images in counts) + steps
+    text = model.config.get_text_config()
+    kv_heads, head_dim = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+    assert cache.stored_bytes == 2 * text.num_hidden_layers * batch * kv_heads * rows * head_dim * 4
+    assert cache.get_seq_length() == visual.shape[1] + steps
+    assert cache.dense_bytes == cache.stored_bytes * cache.get_seq_length() // rows
+
+
+def test_a_text_window_keeps_the_cache_small(model):
+    """budget = max(round(0.5 * text), 4) of what stands behind the image, whatever was said since."""
+    inputs, steps = inputs_of(model), 40
+    visual = ZOO_MODEL.visual_positions(model, inputs)[0]
+    first = int(visual.nonzero()[0])
+    text = len(visual) - first - int(visual.sum()) + steps
+    cache = AVLCache(WITH_TEXT, model.config)
+    with compiled(model, WITH_TEXT):
+        prefill_and_decode(model, inputs, cache, steps=steps)
+    rows = first + int(0.5 * int(visual.sum())) + max(round(0.5 * text), 4)
+    assert {layer.keys.shape[2] for layer in cache.layers} == {rows}
+    assert cache.allocated_bytes <= cache.stored_bytes * 128 / rows, "no buffer outlives the rows that it held"
+
+
+def test_lazy_layers_own_no_keys(model):
+    plan = PAPER.combine(Plan.lazy([(1, 3)]))
+    cache, inputs = AVLCache(plan, model.config), inputs_of(model, 3)
+    with compiled(model, plan):
+        prefill_and_decode(model, inputs, cache, steps=5)
+    of_a_layer = cache.layers[0].values.numel() * 4
+    assert cache.stored_bytes == of_a_layer * (2 * 2 + 2)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    assert cache.stored_bytes == of_a_layer * (2 * 2 + 2) * 2 // 3, "a marker stays a marker"
+
+
+def test_what_lies_behind_it_is_counted(model):
+    cache = AVLCache(PAPER, model.config)
+    with compiled(model, PAPER):
+        prefill_and_decode(model, inputs_of(model), cache, steps=3)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for x in cache.layers for t in (x.keys, x.values)}
+    assert cache.allocated_bytes == sum(s.nbytes() for s in storages.values())
+    assert len(storages) == 2 * len(cache.layers)
+
+
+# ---- the contract ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [pytest.param(None, marks=pytest.mark.matrix), 0.3], ids=["all text", "text window"])
+def test_a_second_turn_with_another_image(model, text):
+    turns = [inputs_of(model, seed=seed) for seed in (0, 1)]
+    seen = [ZOO_MODEL.visual_positions(model, inputs) for inputs in turns]
+    both = torch.cat([seen[0], torch.zeros(1, 5, dtype=torch.bool), seen[1]], 1)
+    plan = Plan.avl(core=0.3, secondary=0.5, refresh=2, text=text, text_minimum=3)
+    settings = {"core": 0.3, "secondary": 0.5, "refresh": 2, "text": text or 1.0, "minimum": 3}
+
+    def expected(compact):
+        with avl_oracle(model, both, compact=compact, **settings):
+            return converse(model, turns, DynamicCache(config=model.config.get_text_config()))
+
+    wanted, tokens = expected(compact=True)
+    for door in DOORS:
+        with compiled(model, plan, door):
+            got, chosen = converse(model, turns, AVLCache(plan, model.config))
+        assert torch.equal(chosen, tokens)
+        assert largest(got, wanted) <= FLOAT32_TOLERANCE
+    kept, _ = expected(compact=False)
+    assert largest(wanted, kept) > 10 * FLOAT32_TOLERANCE, "what was dropped makes no difference: nothing is proven"
+
+
+@EVERY_PLAN
+def test_two_caches_take_turns(model, plan):
+    batches = [inputs_of(model, 2, seed) for seed in (0, 1)]
+
+    @torch.no_grad()
+    def play(order):
+        caches = [AVLCache(plan, model.config) for _ in batches]
+        logits = {0: [], 1: []}
+        masks = [inputs["attention_mask"] for inputs in batches]
+        for number in order:
+            first = not logits[number]
+            if first:
+                out = model(**batches[number], past_key_values=caches[number], use_cache=True)
+            else:
+                masks[number] = torch.cat([masks[number], torch.ones(2, 1, dtype=torch.long)], 1)
+                token = torch.full((2, 1), 7 + len(logits[number]))
+                out = model(
+                    input_ids=token, attention_mask=masks[number], past_key_values=caches[number], use_cache=True
+                )
+            logits[number].append(out.logits[:, -1])
+        return logits
+
+    with compiled(model, plan):
+        alone = {n: play([n] * 6)[n] for n in (0, 1)}
+        mixed = play([0, 1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 1])
+    for number in (0, 1):
+        assert largest(mixed[number], alone[number]) <= FLOAT32_TOLERANCE
+
+
+@torch.no_grad()
+def steps_on(model, cache, mask, count, start=7):
+    """Logits of ``count`` steps with given tokens; the same on every implementation."""
+    logits = []
+    for step in range(count):
+        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], 1)
+        token = torch.full((len(mask), 1), start + step)
+        logits.append(model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1])
+    return logits
+
+
+@torch.no_grad()
+def prompt(model, inputs, cache):
+    model(**inputs, past_key_values=cache, use_cache=True)
+    return inputs["attention_mask"]
+
+
+@EVERY_PLAN
+def test_batch_rows_may_be_picked_and_repeated(model, plan):
+    """Rows of a batch know nothing of each other: picked rows go on as they would have."""
+    inputs = inputs_of(model, 3)
+    index = torch.tensor([2, 0, 0])
+    with compiled(model, plan):
+        whole = AVLCache(plan, model.config)
+        mask = prompt(model, inputs, whole)
+        steps_on(model, whole, mask, 4, start=30)
+        mask = torch.cat([mask, torch.ones(3, 4, dtype=mask.dtype)], 1)
+        picked, repeated, copied = copy.deepcopy(whole), copy.deepcopy(whole), copy.deepcopy(whole)
+        picked.reorder_cache(index)
+        repeated.batch_repeat_interleave(2)
+        expected = steps_on(model, whole, mask, 5)
+        again = steps_on(model, copied, mask, 5)
+        of_picked = steps_on(model, picked, mask[index], 5)
+        of_repeated = steps_on(model, repeated, mask.repeat_interleave(2, 0), 5)
+    assert largest(again, expected) <= FLOAT32_TOLERANCE
+    assert largest(of_picked, [row[index] for row in expected]) <= FLOAT32_TOLERANCE
+    assert largest(of_repeated, [row.repeat_interleave(2, 0) for row in expected]) <= FLOAT32_TOLERANCE
+
+
+def test_what_was_fed_since_the_prompt_can_be_taken_back(model):
+    inputs = inputs_of(model, 3)
+    with compiled(model, PAPER):
+        straight, wavering = (AVLCache(PAPER, model.config) for _ in range(2))
+        for cache in (straight, wavering):
+            mask = prompt(model, inputs, cache)
+        # A step that does not refresh leaves core as it is: taking it back leaves no trace.
+        kept = steps_on(model, straight, mask, 1)
+        tried = steps_on(model, wavering, mask, 1)
+        wavering.crop(-1)
+        assert wavering.get_seq_length() == mask.shape[1]
+        again = steps_on(model, wavering, mask, 1)
+        assert largest(kept, tried) == 0
+        assert largest(kept, again) <= FLOAT32_TOLERANCE
+        before = [layer.keys.clone() for layer in wavering.layers]
+        with pytest.raises(CacheStateError, match="cannot be taken back"):
+            wavering.crop(-2)
+        assert all(torch.equal(layer.keys, old) for layer, old in zip(wavering.layers, before, strict=True))
+        assert wavering.get_seq_length() == mask.shape[1] + 1
+
+
+def mask_after(mask, steps):
+    return torch.cat([mask, torch.ones(len(mask), steps, dtype=mask.dtype)], 1)
+
+
+def test_a_reset_cache_is_empty(model):
+    cache = AVLCache(PAPER, model.config)
+    with compiled(model, PAPER):
+        first = prefill_and_decode(model, inputs_of(model), cache, steps=3)
+        cache.reset()
+        assert (cache.get_seq_length(), cache.stored_bytes) == (0, 0)
+        again = prefill_and_decode(model, inputs_of(model), cache, steps=3)
+    assert largest(first, again) == 0
+
+
+def test_early_initialization(model):
+    text = model.config.get_text_config()
+    cache = AVLCache(PAPER, model.config)
+    heads, dim = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+    cache.early_initialization(1, heads, dim, torch.float32, torch.device("cpu"))
+    with compiled(model, PAPER):
+        got = prefill_and_decode(model, inputs_of(model), cache, steps=3)
+        expected = prefill_and_decode(model, inputs_of(model), AVLCache(PAPER, model.config), steps=3)
+    assert largest(got, expected) == 0
+
+
+@pytest.mark.parametrize("how", ["beams", "sampling", "assisted"])
+def test_other_ways_to_generate(model, how):
+    """One visual key in a hundred is left out, and tokens are those of a stock cache under the same plan or none."""
+    inputs = inputs_of(model, 1 if how == "assisted" else 2)
+    options = {"max_new_tokens": 8, "do_sample": how == "sampling", "disable_compile": True}
+    options |= {"num_beams": 3} if how == "beams" else {}
+    options |= {"prompt_lookup_num_tokens": 3} if how == "assisted" else {}
+    torch.manual_seed(0)
+    expected = model.generate(**inputs, **options)
+    plan = Plan.avl(core=0.99, secondary=1.0, refresh=0, text=None)
+    with compiled(model, plan):
+        torch.manual_seed(0)
+        got = model.generate(**inputs, **options, past_key_values=AVLCache(plan, model.config))
+    assert torch.equal(got, expected)
+
+
+def test_no_graph_is_made_after_the_second_step(model):
+    inputs = inputs_of(model, 3)
+    with compiled(model, WITH_TEXT) as recorder:
+        cache = AVLCache(WITH_TEXT, model.config)
+        mask = prompt(model, inputs, cache)
+        steps_on(model, cache, mask, 3)
+        known = len(recorder.graphs)
+        steps_on(model, cache, mask_after(mask, 3), 64)
+        assert len(recorder.graphs) == known
+
+
+# ---- never silently wrong --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", [ALL_KEPT, Plan.identity()], ids=["all kept", "identity"])
+def test_it_works_eagerly_when_nothing_is_dropped(model, plan):
+    inputs = inputs_of(model, 3)
+    expected = prefill_and_decode(model, inputs, steps=3)
+    assert largest(prefill_and_decode(model, inputs, AVLCache(plan, model.config), steps=3), expected) == 0
+
+
+@pytest.mark.parametrize("plan", [PAPER, WITH_TEXT, Plan.lazy([(0, 1)])], ids=["vision", "text", "lazy"])
+def test_eager_use_of_a_plan_that_drops_is_an_error(model, plan):
+    cache = AVLCache(plan, model.config)
+    with pytest.raises(CacheStateError, match=r"runs eagerly.*Fix: compile the model"):
+        prefill_and_decode(model, inputs_of(model), cache, steps=1)
+    assert cache.get_seq_length() == 0
+
+
+def test_a_cache_of_another_plan_is_an_error(model):
+    with compiled(model, PAPER), pytest.raises(CacheStateError, match="made for another plan"):
+        prefill_and_decode(model, inputs_of(model), AVLCache(WITH_TEXT, model.config), steps=1)
+
+
+def test_another_compiler_is_an_error(model):
+    """A backend that does not know the operator meets a cache that is not complete."""
+    inputs = inputs_of(model)
+    cache = AVLCache(PAPER, model.config)
+    with compiled(model, PAPER):
+        mask = prompt(model, inputs, cache)
+    decoder = model.model.language_model
+    decoder.compile(backend="eager")
+    try:
+        with pytest.raises(RuntimeError, match=r"a compact cache holds \d+ rows of \d+ tokens"):
+            steps_on(model, cache, mask, 1)
+    finally:
+        decoder._compiled_call_impl = None
+
+
+def test_another_model_is_an_error(model):
+    """Other heads, another batch or another dtype: the update says so, and changes nothing."""
+    plan = Plan.identity()
+    cache = AVLCache(plan, model.config)
+    mask = prompt(model, inputs_of(model), cache)
+    layer = cache.layers[0]
+    keys, length = layer.keys, cache.get_seq_length()
+    heads, dim = keys.shape[1], keys.shape[3]
+    for new in (
+        torch.zeros(1, heads + 1, 1, dim),
+        torch.zeros(1, heads, 1, 2 * dim),
+        torch.zeros(2, heads, 1, dim),
+        torch.zeros(1, heads, 1, dim, dtype=torch.bfloat16),
+    ):
+        with pytest.raises(CacheStateError, match=r"do not continue a cache.*Fix: use a fresh AVLCache"):
+            layer.update(new, new)
+    assert layer.keys is keys
+    assert cache.get_seq_length() == length == mask.shape[1]
+
+
+def test_tensors_that_were_replaced_are_an_error(model):
+    inputs = inputs_of(model)
+    cache = AVLCache(PAPER, model.config)
+    with compiled(model, PAPER):
+        mask = prompt(model, inputs, cache)
+        for layer in cache.layers:
+            layer.keys = layer.keys.clone()
+        with pytest.raises(CacheStateError, match="which ones is not known"):
+            steps_on(model, cache, mask, 1)
+
+
+def test_a_config_is_asked_for(model):
+    with pytest.raises(CacheStateError, match=r"config: must be the configuration.*Fix: write AVLCache"):
+        AVLCache(PAPER, model)
+    with pytest.raises(avl_fx.AvlError):
+        AVLCache({"vision": {"core": 0.9, "secondary": 0.5}}, model.config)
+
+
+def test_without_visual_positions_it_stays_complete(model):
+    """Text alone: nothing to drop, and the dense answer."""
+    inputs = {"input_ids": torch.arange(5, 25)[None], "attention_mask": torch.ones(1, 20, dtype=torch.long)}
+    expected = prefill_and_decode(model, inputs, steps=4)
+    cache = AVLCache(PAPER, model.config)
+    with compiled(model, PAPER) as recorder:
+        got = prefill_and_decode(model, inputs, cache, steps=4)
+    assert decoder_graphs(recorder)
+    assert largest(got, expected) <= FLOAT32_TOLERANCE
+    assert cache.stored_bytes == cache.dense_bytes
