@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from avl_fx._words import WHOLE, count, kib, percent
-from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
+from avl_fx.partition import MOST_RANGES
 from avl_fx.record import Undivided
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def _undivided(facts: Facts) -> Iterator[str]:
         Undivided.MISFIT: "The visual positions do not fit the cache: give [batch, sequence] of the whole prompt.",
         Undivided.HIDDEN: "The attention mask hides visual keys of the prompt: unmask them, or drop them from it.",
         Undivided.RANGES: (
-            f"In a batch row visual tokens stand in so many pieces that more than {MAX_SEGMENTS} ranges of keys would "
+            f"In a batch row visual tokens stand in so many pieces that more than {MOST_RANGES} ranges of keys would "
             "have to be read: use fewer or smaller images"
             + (", or a plan with text=None, which needs fewer ranges." if text is not None else ".")
         ),

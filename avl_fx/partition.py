@@ -35,6 +35,9 @@ __all__ = ["Partition", "everything", "find_partition", "state_of"]
 
 log = logging.getLogger("avl_fx")
 
+MOST_RANGES = MAX_SEGMENTS - 1
+"""Ranges of a batch row after a prompt. One is left for the hole that packing leaves behind a shorter batch row."""
+
 _ATTRIBUTE = "_avl_partition"
 _END = 2**40
 """A segment of this length reaches the end of the cache, however long it grows."""
@@ -137,12 +140,9 @@ class Partition:
             for share in (policy.core, policy.secondary)
         )
         gaps = stored if text_policy is None else None  # under a text window every step knows where rows end
-        reads = _reads(slots, core, secondary, gaps)
-        most_ranges = max(map(len, reads["core_ranges"] + reads["secondary_ranges"]))
-        if text_policy is not None:  # a cut may fall anywhere, and what is new stands behind the last key
-            most_ranges += max(map(len, reads["core_runs"] + reads["secondary_runs"])) + 1
-        if most_ranges > MAX_SEGMENTS:
-            log.warning("more than %d ranges of keys to read in a row: attention stays dense", MAX_SEGMENTS)
+        reads = _reads(slots, core, secondary, gaps, most=MOST_RANGES)
+        if reads is None or (text_policy is not None and _most_cut(reads) > MAX_SEGMENTS):
+            log.warning("too many ranges of keys to read in a row (%d fit): attention stays dense", MOST_RANGES)
             note_division(Undivided.RANGES)
             return None
         text = None
@@ -303,13 +303,15 @@ class Partition:
             text = text.packed(places)
             stored.shown = [-1] * len(slots)
             for row, active in enumerate(text.active):
-                if active:
+                if active and stored.ends[row]:
                     # Its first row is visible: padding was left out. A visual one there need not be.
                     stored.shown[row] = int(stored.columns[row, 0])
                     stored.columns[row, text.slots[row, : text.counts[row]]] = stored.shown[row]
+        reads = _reads(slots, self.core.cpu(), self.secondary.cpu(), stored if text is None else None)
+        assert reads is not None, "`start` left room for the hole of a shorter row"
         packed = replace(
             self,
-            **_reads(slots, self.core.cpu(), self.secondary.cpu(), stored if text is None else None),
+            **reads,
             visual=_padded(self.visual, self.length).gather(1, source.clamp(min=0)) & (source >= 0),
             slots=slots,
             length=stored.count,
@@ -440,9 +442,16 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _reads(slots: Tensor, core: Tensor, secondary: Tensor, gaps: StoredRows | None) -> dict[str, Any]:
-    """What steps read: the fields of a `Partition` that follow from where its core and secondary lie."""
+def _reads(
+    slots: Tensor, core: Tensor, secondary: Tensor, gaps: StoredRows | None, most: int = MAX_SEGMENTS
+) -> dict[str, Any] | None:
+    """What steps read: the fields of a `Partition` that follow from where its core and secondary lie.
+
+    ``None``: in more than ``most`` ranges in a batch row.
+    """
     core_ranges, secondary_ranges = _ranges(slots, core, gaps), _ranges(slots, secondary, gaps)
+    if max(map(len, core_ranges + secondary_ranges)) > most:
+        return None
     return {
         "core_ranges": core_ranges,
         "secondary_ranges": secondary_ranges,
@@ -451,6 +460,12 @@ def _reads(slots: Tensor, core: Tensor, secondary: Tensor, gaps: StoredRows | No
         "core_segments": _segments(core_ranges),
         "secondary_segments": _segments(secondary_ranges),
     }
+
+
+def _most_cut(reads: dict[str, Any]) -> int:
+    """Ranges of a step under a text window: a cut may fall anywhere, and what is new stands behind the last key."""
+    whole, runs = (reads[f"core_{part}"] + reads[f"secondary_{part}"] for part in ("ranges", "runs"))
+    return max(map(len, whole)) + max(map(len, runs)) + 1
 
 
 def _padded(visual: Tensor, keys: int) -> Tensor:

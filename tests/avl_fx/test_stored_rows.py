@@ -87,7 +87,7 @@ def test_it_reads_what_the_method_says_and_stores_no_more(prompt, shares, text, 
     batch, length = visual.shape
     assume(bool(visual.any()))
     rows = Rows(batch, length)
-    scores = weights_of(seed, batch, length)
+    scores = weights_of(seed, batch, length, text)
     state = Partition.start(VisionPolicy(core=shares[0], secondary=shares[1], refresh=0), visual, text, visible)
     assert state is not None
     rows.move(state.first_order(LAYER, scores))
@@ -105,7 +105,7 @@ def test_it_reads_what_the_method_says_and_stores_no_more(prompt, shares, text, 
     rows.pack(source)
     for step in range(steps):
         token = length + step
-        by_token = weights_of(seed + step + 1, batch, token + 1)[:, :1].expand(-1, 2, -1)
+        by_token = weights_of(seed + step + 1, batch, token + 1, text)[:, :1].expand(-1, 2, -1)
         rows.append(token)
         read = rows.read(state.segments)
         fed = list(range(length, token + 1))
