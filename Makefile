@@ -13,7 +13,7 @@ TYPECHECK := .cache/typecheck
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: help demo test test-matrix test-inductor test-full test-slow test-mutations lint format bench bench-gpu clean
+.PHONY: help demo test test-matrix test-full test-slow test-mutations lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,16 +29,13 @@ demo: $(STAMP)  ## a small vision-language model, before and after, on this mach
 	$(BIN)/python -m examples.demo
 
 test: $(STAMP)  ## the tests that every change must pass
-	$(PYTEST) -m "not matrix and not inductor and not full and not slow and not gpu"
+	$(PYTEST) -m "not matrix and not full and not slow and not gpu"
 
 test-matrix: $(STAMP)  ## every combination of model, front door, style, cache and dtype, without code generation
 	$(PYTEST) -m matrix
 
-test-inductor: $(STAMP)  ## any two of them together, through Inductor (some 20 minutes)
-	$(PYTEST) -m inductor
-
-test-full: $(STAMP)  ## every combination through Inductor (hours)
-	$(PYTEST) -m "inductor or full"
+test-full: $(STAMP)  ## every other combination through Inductor (hours)
+	$(PYTEST) -m full
 
 test-slow: $(STAMP)  ## tests that take minutes or download data
 	$(PYTEST) -m "slow and not gpu"

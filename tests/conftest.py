@@ -3,9 +3,14 @@
 import logging
 
 import pytest
+import torch._inductor.config
 
-# Dynamo's structured trace is meant for a file; pytest would keep every record of every graph.
-logging.getLogger("torch.__trace").propagate = False
+# Dynamo's structured trace is meant for a file. It is written where its logger has a handler, and pytest gives its own
+# to every logger that does not propagate: every graph would be printed and kept.
+logging.getLogger("torch.__trace").propagate = True
+
+# Half of the time of Inductor's C++ kernels goes into linking them with libraries that have long been loaded.
+torch._inductor.config.aot_inductor.link_libtorch = False
 
 
 @pytest.fixture

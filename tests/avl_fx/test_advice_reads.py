@@ -5,6 +5,7 @@ import torch
 
 import avl_fx
 from avl_fx._advice_reads import READS_RULES, how_to_name_them
+from avl_fx.partition import MOST_RANGES
 from avl_fx.plan import Plan
 from avl_fx.record import Undivided
 from avl_fx.report import DecodeReads
@@ -80,7 +81,7 @@ def test_a_mask_that_hides_visual_keys():
 def test_visual_tokens_in_too_many_pieces():
     pieces = spans("#." * 100)
     line = advice(PLAN, pieces)
-    assert "more than 64 ranges of keys" in line
+    assert f"more than {MOST_RANGES} ranges of keys" in line
     assert "text=None" not in line
     # A text window cuts ranges once more, and needs room for them.
     fewer = spans("#." * 60)

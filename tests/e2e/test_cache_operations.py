@@ -205,8 +205,10 @@ SCRIPTS = {
 """By cache; `inference`: a dynamic one under inference mode, which keeps neither versions nor views."""
 GROUPS = {f"{plan}-{kind}": (plan, kind) for plan in PLANS for kind in SCRIPTS}
 """Sessions that share what was compiled: a fixture is made anew for every other *object*, not for every other value."""
+MATRIX = pytest.mark.matrix
 CASES = [
-    pytest.param(group, script, id=f"{name}-{script.__name__}")
+    # A text window asks for all that the visual partition alone does, and for more.
+    pytest.param(group, script, id=f"{name}-{script.__name__}", marks=MATRIX if group[0] == "vision" else ())
     for name, group in GROUPS.items()
     for script in SCRIPTS[group[1]]
 ]

@@ -14,6 +14,7 @@ from tests.zoo._run import prefill_and_decode
 
 GROWING = ["llava", "qwen2_5_vl", "gemma3", "mistral3"]
 """Full attention everywhere, positions in three dimensions, sliding layers among full ones, grouped heads."""
+TEXT_WINDOW = Plan.avl(0.3, 0.5, 2, text=0.3, text_minimum=2)
 
 
 def appends(recorder):
@@ -87,9 +88,14 @@ def forked(cache):
     return other
 
 
-@pytest.mark.parametrize("fork", [forked, copy.deepcopy], ids=["shared tensors", "deep copy"])
 @pytest.mark.parametrize(
-    "plan", [None, Plan.avl(0.3, 0.5, 2, text=0.3, text_minimum=2)], ids=["identity", "text window"]
+    ("fork", "plan"),
+    [
+        pytest.param(forked, None, id="identity-shared tensors"),
+        pytest.param(copy.deepcopy, None, id="identity-deep copy", marks=pytest.mark.matrix),
+        pytest.param(forked, TEXT_WINDOW, id="text window-shared tensors"),
+        pytest.param(copy.deepcopy, TEXT_WINDOW, id="text window-deep copy", marks=pytest.mark.matrix),
+    ],
 )
 def test_two_answers_to_one_prompt(fork, plan):
     """Neither continuation sees a row of the other, whatever a plan moves."""
@@ -168,7 +174,7 @@ def test_a_cache_from_elsewhere_gets_room_once_it_comes_back(claims):
     assert claims == {"stored": 2 * 4 * 4, "copied": 0}  # all steps but the first two
 
 
-@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_a_cache_without_room_meets_a_graph_of_its_own(compiler):
     zoo = ZOO["llava"]
     model = zoo.make()

@@ -71,12 +71,12 @@ def check_generates(door, kind, plan, count):
     ("door", "kind", "plan"),
     [
         ("avl_fx.compile", "dynamic", "text"),
-        ("torch.compile", "dynamic", "identity"),
+        pytest.param("torch.compile", "dynamic", "identity", marks=pytest.mark.matrix),
         ("avl_fx.compile", "static", "lazy"),
     ],
 )
 def test_generates_leave_nothing_behind(door, kind, plan):
-    check_generates(door, kind, plan, count=20)
+    check_generates(door, kind, plan, count=10)
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_a_thousand_generates_leave_nothing_behind(kind, plan):
     check_generates("avl_fx.compile", kind, plan, count=1000)
 
 
-@pytest.mark.parametrize("plan", list(PLANS))
+@pytest.mark.parametrize("plan", [pytest.param("identity", marks=pytest.mark.matrix), "text", "lazy"])
 def test_a_cache_goes_with_its_last_reference(plan):
     """Without waiting for the garbage collector: a cache is most of a model's working memory."""
     zoo = ZOO["llava"]
