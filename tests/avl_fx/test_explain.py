@@ -329,6 +329,23 @@ def test_a_cache_that_is_passed_in_stays_empty():
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("door", ["torch.compile", "avl_fx.compile"])
+def test_a_compact_cache_is_counted_as_it_is(door):
+    plan = avl_fx.Plan.avl(core=0.3, secondary=0.5, refresh=3, text=None)
+    zoo, model = get("llava"), zoo_model("llava")
+    cache, inputs = avl_fx.AVLCache(plan, model.config), zoo.inputs(model, 2)
+    report = avl_fx.explain(model, plan, front_door=door, new_tokens=TOKENS, past_key_values=cache, **inputs)
+    assert cache.get_seq_length() == 0
+    counts = zip(inputs["attention_mask"].sum(1).tolist(), zoo.visual_positions(model, inputs).sum(1), strict=True)
+    rows = max(real - int(images) + int(0.5 * images) for real, images in counts) + TOKENS - 1
+    kv = report.kv
+    assert (kv.kind, kv.measured, kv.length) == ("compact", True, inputs["input_ids"].shape[1] + TOKENS - 1)
+    assert kv.plan * kv.length == kv.dense * rows
+    assert kv.spare_bytes >= 0
+    assert "KV cache (compact" in str(report)
+    assert "nothing is lost" not in str(report), "what is not stored is lost to other plans"
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 

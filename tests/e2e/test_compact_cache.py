@@ -12,6 +12,7 @@ from transformers import DynamicCache
 import avl_fx
 from avl_fx import AVLCache, Plan
 from avl_fx.errors import CacheStateError
+from benchmarks._models import IMAGE, llava
 from tests.e2e._doors import DOORS, FLOAT32_TOLERANCE, decoder_graphs, largest, through
 from tests.e2e.test_avl import converse
 from tests.oracle import avl_oracle
@@ -90,6 +91,29 @@ def test_lazy_layers_own_no_keys(model):
     assert cache.stored_bytes == of_a_layer * (2 * 2 + 2)
     cache.batch_select_indices(torch.tensor([2, 0]))
     assert cache.stored_bytes == of_a_layer * (2 * 2 + 2) * 2 // 3, "a marker stays a marker"
+
+
+def test_less_than_half_of_a_prompt_of_576_visual_tokens_is_stored():
+    """At secondary 0.5 and text 0.6, with keys in three layers of ten."""
+    layers, question, steps = 10, 32, 8
+    model = llava(layers=layers, hidden=32, heads=2, kv_heads=2, visual_tokens=576).eval()
+    plan = Plan.avl(core=0.3, secondary=0.5, refresh=3, text=0.6).combine(Plan.lazy([(0, 3), (4, 6), (7, 9)]))
+    inputs = {
+        "input_ids": torch.tensor([[1] * 4 + [IMAGE] * 576 + [7] * question]),
+        "pixel_values": torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(0)),
+    }
+    caches = AVLCache(plan, model.config), DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad(), compiled(model, plan):
+        model.generate(**inputs, past_key_values=caches[0], max_new_tokens=steps, min_new_tokens=steps)
+    with torch.no_grad():
+        model.generate(**inputs, past_key_values=caches[1], max_new_tokens=steps, min_new_tokens=steps)
+    text = max(round(0.6 * (question + steps - 1)), plan.text_policy.minimum)
+    of_a_row = 16 * 2 * 4  # in one layer, keys or values
+    assert caches[0].stored_bytes == (4 + 288 + text) * of_a_row * (layers + 3)
+    dense = sum(t.nbytes for layer in caches[1].layers for t in (layer.keys, layer.values))
+    assert caches[0].dense_bytes == dense
+    # What the allocator gave, room for the next rows included.
+    assert caches[0].stored_bytes < caches[0].allocated_bytes <= 0.45 * dense
 
 
 def test_what_lies_behind_it_is_counted(model):
