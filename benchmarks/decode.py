@@ -157,17 +157,19 @@ def main(
             for tokens in visual or VISUAL:
                 row = {"kv_heads": heads} | measure(model, everyone, rows_of_batch, tokens, steps)
                 rows.append(row)
-                cells = [_cell(row[name]) for name in everyone]
+                cells = [cell(row[name]) for name in everyone]
                 table.add_row(KV_HEADS[heads], str(tokens), str(rows_of_batch), *cells)
                 console.print(heads, rows_of_batch, tokens, *cells, "" if row["exact"] else row["differences"])
+                saved = save("decode", rows)  # what is measured is not lost when the rest cannot be
     console.print(table)
-    console.print(f"saved: {save('decode', rows)}")
+    console.print(f"saved: {saved}")
     if not all(row["exact"] for row in rows):
         raise typer.Exit(1)
     return rows
 
 
-def _cell(figures: dict[str, Any]) -> str:
+def cell(figures: dict[str, Any]) -> str:
+    """Milliseconds, and the ratio where there is one."""
     ratio = f" ({figures['over_baseline']:.2f}x)" if "over_baseline" in figures else ""
     return f"{figures['median_ms']:.1f}{ratio}"
 

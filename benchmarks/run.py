@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from benchmarks import decode, grouped_attention, partitioned_attention, pass_overhead
+from benchmarks import compact_cache, decode, grouped_attention, partitioned_attention, pass_overhead
 from benchmarks._report import console
 
 
@@ -17,6 +17,7 @@ def main() -> None:
     partitioned_attention.main()
     pass_overhead.main()
     decode.main()
+    compact_cache.main()
 
 
 if __name__ == "__main__":
