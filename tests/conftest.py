@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 import torch._inductor.config
 
 # Dynamo's structured trace is meant for a file. It is written where its logger has a handler, and pytest gives its own
@@ -19,3 +20,12 @@ def short_caches_too(monkeypatch):
     from avl_fx.passes import read_once
 
     monkeypatch.setattr(read_once, "MIN_PRODUCTS", dict.fromkeys(read_once.MIN_PRODUCTS, 0))
+
+
+@pytest.fixture
+def one_thread():
+    """Compute on a single thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

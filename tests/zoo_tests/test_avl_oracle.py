@@ -14,12 +14,7 @@ VISUAL = [n for n in zoo_names() if n != "mllama"]
 """Models with visual positions among their keys (Mllama sees images through cross-attention)."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def oracle_for(name, model, inputs, **settings):

@@ -13,12 +13,7 @@ TOLERANCE = 1e-4
 VISIBLE = 0.1
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def oracle_for(zoo, model, blocks):

@@ -15,12 +15,7 @@ from tests.zoo_tests._models import largest_difference, model_of
 TOLERANCE = 1e-4  # float32, logits of order 10
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_every_file_is_discovered():
