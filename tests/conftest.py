@@ -1,5 +1,6 @@
 """Set-up of the tests."""
 
+import gc
 import logging
 
 import pytest
@@ -12,6 +13,12 @@ logging.getLogger("torch.__trace").propagate = True
 
 # Half of the time of Inductor's C++ kernels goes into linking them with libraries that have long been loaded.
 torch._inductor.config.aot_inductor.link_libtorch = False
+
+
+def pytest_collection_finish():
+    """Everything imported so far stays. Dynamo collects garbage at each reset, and would go over all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
