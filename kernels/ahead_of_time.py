@@ -137,6 +137,29 @@ def _decode(dtype: torch.dtype, heads: int, kv_heads: int, mask: str, append: bo
     partitioned_decode_triton(query, key, value, new, new, masks[mask], segments, weigh, 0.1)
 
 
+def _anchor(dtype: torch.dtype, heads: int, kv_heads: int, mask: bool) -> None:
+    from avl_fx.kernels.partitioned_decode.triton import partitioned_decode_triton
+
+    key, value = (torch.zeros(2, kv_heads, 80, 128, dtype=dtype)[:, :, :64] for _ in range(2))
+    new, segments = torch.zeros(2, kv_heads, 1, 128, dtype=dtype), torch.zeros(2, 4, 2, dtype=torch.int64)
+    query, kept = torch.zeros(2, heads, 1, 128, dtype=dtype), torch.zeros(2, heads, 65)
+    masked = torch.zeros(2, 1, 1, 65) > 0 if mask else None
+    partitioned_decode_triton(query, key, value, new, new, masked, segments, None, 0.1, kept=kept)
+
+
+def _inherited(dtype: torch.dtype, heads: int, kv_heads: int, own: bool) -> None:
+    from avl_fx.kernels.inherited_decode.triton import inherited_decode_triton
+
+    key, value = (torch.zeros(2, kv_heads, 80, 128, dtype=dtype)[:, :, :64] for _ in range(2))
+    new, ranges = torch.zeros(2, kv_heads, 1, 128, dtype=dtype), torch.zeros(2, 4, 2, dtype=torch.int64)
+    query, logits = torch.zeros(2, heads, 1, 128, dtype=dtype), torch.zeros(2, heads, 65)
+    if own:
+        mask = torch.zeros(2, 1, 1, 65) > 0
+        inherited_decode_triton(logits, query, key, value, new, new, mask, ranges, ranges, 0.1)
+    else:
+        inherited_decode_triton(logits, None, None, value, None, new, None, ranges, None, 0.1)
+
+
 def _scores(dtype: torch.dtype, heads: int, kv_heads: int, mask: str, window: int, head_dim: int = 128) -> None:
     from avl_fx.kernels.visual_scores.triton import visual_scores_triton
 
@@ -159,6 +182,23 @@ SPECIMENS: dict[str, tuple[str, Callable[[], None]]] = {
     "bfloat16, 32/32 heads": ("partitioned_decode", lambda: _decode(torch.bfloat16, 32, 32, "none", False)),
     "bfloat16, 28/4 heads": ("partitioned_decode", lambda: _decode(torch.bfloat16, 28, 4, "none", True)),
     "float32, 12/4 heads": ("partitioned_decode", lambda: _decode(torch.float32, 12, 4, "none", False, 64)),
+    "bfloat16, 32/32 heads, logits kept": ("partitioned_decode", lambda: _anchor(torch.bfloat16, 32, 32, False)),
+    "bfloat16, 28/4 heads, logits kept, bool mask": (
+        "partitioned_decode",
+        lambda: _anchor(torch.bfloat16, 28, 4, True),
+    ),
+    "bfloat16, 32/32 heads, all inherited": (
+        "inherited_decode",
+        lambda: _inherited(torch.bfloat16, 32, 32, False),
+    ),
+    "bfloat16, 28/4 heads, all inherited": (
+        "inherited_decode",
+        lambda: _inherited(torch.bfloat16, 28, 4, False),
+    ),
+    "bfloat16, 28/4 heads, own and inherited": (
+        "inherited_decode",
+        lambda: _inherited(torch.bfloat16, 28, 4, True),
+    ),
     "bfloat16, 32/8 heads, causal": ("visual_scores", lambda: _scores(torch.bfloat16, 32, 8, "causal", 1)),
     "bfloat16, 28/4 heads, causal": ("visual_scores", lambda: _scores(torch.bfloat16, 28, 4, "causal", 1)),
     "bfloat16, 32/32 heads, causal": ("visual_scores", lambda: _scores(torch.bfloat16, 32, 32, "causal", 1)),

@@ -23,7 +23,7 @@ from torch import fx
 
 from avl_fx.passes.context import GrowingTensor, PassContext
 from avl_fx.passes.nodes import METADATA_OPS, alias_root, aliases, fake, hint, op, same_size, shape
-from avl_fx.passes.read_ranges import decodes, read_ranges, take_ranges, takes
+from avl_fx.passes.read_ranges import attending, decodes, read_ranges, take_ranges, takes
 from avl_fx.passes.rewrite import insert_call, remove_dead
 from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.passes.site import PassResult, Site, Status
@@ -49,8 +49,8 @@ def append_in_place(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     placeholders = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     while sites:
         # What a site reads may only grow in place if everything that reads it can do without the copy.
-        attending = {_attention(s) for s in sites}
-        grows = [s for s in sites if all(_grows(n, placeholders, returned, attending) for n in _keys_and_values(s))]
+        readers = {attending(s) for s in sites}
+        grows = [s for s in sites if all(_grows(n, placeholders, returned, readers) for n in _keys_and_values(s))]
         if len(grows) == len(sites):
             break
         sites = grows
@@ -61,7 +61,7 @@ def append_in_place(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     ctx.growing = [_tensor(root, placeholders, returned) for root in roots]
     for site in sites:
         key, value = map(alias_root, _keys_and_values(site))
-        if _attention(site).target is not _DECODE:
+        if attending(site).target is not _DECODE:
             result.new_inputs += take_ranges(gm, ctx, site)
             read_ranges(site, ctx)
         _store_rows(site, key, value)
@@ -94,20 +94,13 @@ class _Returned:
         return found[0] if len(found) == 1 and self.nodes[found[0]] is root else None
 
 
-def _attention(site: Site) -> fx.Node:
-    """The node that reads keys and values: canonical, or `avl::partitioned_decode`, of which the site takes a part."""
-    node = site.node
-    assert node is not None
-    return node.args[0] if op(node) == "getitem" else node  # type: ignore[return-value]
-
-
 def _keys_and_values(site: Site) -> list[fx.Node]:
-    return list(_attention(site).args[1:3])  # type: ignore[arg-type]
+    return list(attending(site).args[1:3])  # type: ignore[arg-type]
 
 
 def _serves(site: Site) -> bool:
     """Whether `avl::partitioned_decode` means the same as this site's attention, in decode steps, or already is it."""
-    node = _attention(site)
+    node = attending(site)
     if site.kind != "full":
         return False
     if node.target is torch.ops.avl.attention.default and site.queries == 1:
@@ -124,8 +117,8 @@ def _started(node: fx.Node, returned: _Returned) -> list[int]:
     return [] if position is None else [position]
 
 
-def _grows(node: fx.Node, placeholders: dict[fx.Node, int], returned: _Returned, attending: set[fx.Node]) -> bool:
-    """Whether ``node`` is ``cat([past, new])`` of one row, kept by the caller and read by ``attending`` alone."""
+def _grows(node: fx.Node, placeholders: dict[fx.Node, int], returned: _Returned, allowed: set[fx.Node]) -> bool:
+    """Whether ``node`` is ``cat([past, new])`` of one row, kept by the caller and read by ``allowed`` alone."""
     root = alias_root(node)
     if op(root) != "cat" or not isinstance(root.args[0], tuple | list) or len(root.args[0]) != 2:
         return False
@@ -143,7 +136,7 @@ def _grows(node: fx.Node, placeholders: dict[fx.Node, int], returned: _Returned,
         return False
     known = aliases(root)
     readers = {user for alias in known for user in alias.users if user not in known and user.op != "output"}
-    return readers <= attending and all(user is root or op(user) in METADATA_OPS for user in past.users)
+    return readers <= allowed and all(user is root or op(user) in METADATA_OPS for user in past.users)
 
 
 def _tensor(root: fx.Node, placeholders: dict[fx.Node, int], returned: _Returned) -> GrowingTensor:
@@ -170,7 +163,7 @@ def _has_room(past: torch.Tensor) -> bool:
 
 def _store_rows(site: Site, key: fx.Node, value: fx.Node) -> None:
     """Let the attention of ``site`` take past and new rows apart."""
-    old = _attention(site)
+    old = attending(site)
     query, _, _, _, _, *rest = old.args
     (past_key, new_key), (past_value, new_value) = cast(Any, key.args[0]), cast(Any, value.args[0])
     both = insert_call(old, _DECODE, query, past_key, past_value, new_key, new_value, *rest)

@@ -1,4 +1,4 @@
-"""Stage 8: canonical nodes become operators that Inductor knows."""
+"""Stage 9: canonical nodes become operators that Inductor knows."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from avl_fx.passes.append_in_place import append_in_place
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.find_attention import find_attention
 from avl_fx.passes.finish_outputs import finish_outputs
+from avl_fx.passes.inherit_scores import inherit_scores
 from avl_fx.passes.locate_modalities import locate_modalities
 from avl_fx.passes.lower import lower
 from avl_fx.passes.narrow_linears import narrow_linears
@@ -33,6 +34,7 @@ STAGES: tuple[Pass, ...] = (
     partition_modalities,  # decode reads text and core; the rest of the visual keys is skipped
     append_in_place,  # a growing cache is not copied at each step
     read_once,  # what else a decode step attends to on a CPU, one pass over its keys
+    inherit_scores,  # decode: lazy layers take their anchor's logits, and read no keys
     lower,  # canonical nodes -> operators Inductor knows
     narrow_linears,  # linear layers on a few rows read their weight once
     finish_outputs,  # outputs as the runtime expects them

@@ -15,11 +15,11 @@ from torch import fx
 # Importing the operator registers it.
 from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
 from avl_fx.passes.context import KeyRanges, PassContext
-from avl_fx.passes.nodes import fake, shape
+from avl_fx.passes.nodes import fake, op, shape
 from avl_fx.passes.rewrite import add_input, insert_call
 from avl_fx.passes.site import Site
 
-__all__ = ["decodes", "read_everything", "read_ranges", "take_ranges", "takes"]
+__all__ = ["attending", "decodes", "read_everything", "read_ranges", "take_ranges", "takes"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -27,6 +27,13 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def takes(query: Any) -> bool:
     """Whether `avl::partitioned_decode` takes a query like this tensor; it has no gradient."""
     return query.dtype in _DTYPES and not query.requires_grad
+
+
+def attending(site: Site) -> fx.Node:
+    """The node that reads keys and values: canonical, or `avl::partitioned_decode`, of which the site takes a part."""
+    node = site.node
+    assert node is not None
+    return node.args[0] if op(node) == "getitem" else node  # type: ignore[return-value]
 
 
 def decodes(site: Site) -> bool:

@@ -1,7 +1,9 @@
 """Set-up of the tests."""
 
+import ctypes
 import gc
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,11 @@ import torch._inductor.config
 # to every logger that does not propagate: every graph would be printed and kept.
 logging.getLogger("torch.__trace").propagate = True
 
-# Half of the time of Inductor's C++ kernels goes into linking them with libraries that have long been loaded.
+# Half of the time of Inductor's C++ kernels goes into linking them with libraries that have long been loaded. What they
+# need of those (its vector functions, which ones depends on the processor) they find where it is open to all.
 torch._inductor.config.aot_inductor.link_libtorch = False
+for _library in sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*")):
+    ctypes.CDLL(str(_library), mode=ctypes.RTLD_GLOBAL)
 
 
 def pytest_collection_finish():

@@ -5,6 +5,9 @@
 // lie. What the mask hides from all heads at either end of a range (padding, rows of a static buffer that nothing is
 // stored in yet) is cut off first: it is no work to be shared. The query heads of a group go over a tile together, so
 // each key and value is read once for all of them. Splits are joined afterwards. Accumulation is in float32.
+//
+// avl::anchor_decode keeps the logits beside that, and avl::inherited_decode takes them in place of products with keys:
+// for all keys, or for those in the ranges that it calls inherited.
 
 #include <algorithm>
 #include <cmath>
@@ -82,8 +85,12 @@ struct Call {
   const int64_t* segments;
   void* out;
   float* weights;  // null: not wanted
+  float* kept;  // where the logits go, [batch, heads, keys], -inf so far; null: nowhere
+  const float* logits;  // another layer's logits, laid out like `kept`; null: none are inherited
+  const int64_t* inherited;  // ranges of the keys whose logits are
   int64_t batch, heads, kv_heads, keys, head_dim, value_dim;
   int64_t entries;  // negative: no segments are given, and every key is read
+  int64_t inherited_entries;  // negative: all logits are, where any are given
   int64_t mask_kind, threads;
   int64_t query_batch, query_head, key_batch, key_head, key_row, value_batch, value_head, value_row;
   int64_t new_key_batch, new_key_head, new_value_batch, new_value_head, mask_batch, mask_head, mask_key;
@@ -155,7 +162,10 @@ inline void accumulate(float* out, float factor, const float* weights, const flo
   }
 }
 
-struct Range { int64_t start, length; };
+struct Range {
+  int64_t start, length;
+  bool inherited = false;  // its logits are another layer's
+};
 
 // What the mask adds to a logit: -inf hides.
 inline float bias_of(const Call& c, int64_t at) {
@@ -211,15 +221,41 @@ struct Reading {
   bool masked = false;  // the mask has to be asked about them
 };
 
+// Appends `range` in pieces, each inherited as a whole or not at all. `from`: the inherited ranges, ascending.
+void append_pieces(std::vector<Range>& to, Range range, const std::vector<Range>& from) {
+  const int64_t end = range.start + range.length;
+  for (const Range& other : from) {
+    const int64_t first = std::max(range.start, other.start), last = std::min(end, other.start + other.length);
+    if (first >= last) continue;
+    if (first > range.start) to.push_back({range.start, first - range.start});
+    to.push_back({first, last - first, true});
+    range.start = last;
+  }
+  if (end > range.start) to.push_back({range.start, end - range.start});
+}
+
+std::vector<Range> inherited_of(const Call& c, int64_t batch_row) {
+  std::vector<Range> result;
+  if (!c.logits) return result;
+  if (c.inherited_entries < 0) result.push_back({0, c.keys});
+  for (int64_t s = 0; s < c.inherited_entries; ++s) {
+    const int64_t* at = c.inherited + (batch_row * c.inherited_entries + s) * 2;
+    if (at[1] > 0 && at[0] < c.keys) result.push_back({at[0], std::min(at[1], c.keys - at[0])});
+  }
+  std::sort(result.begin(), result.end(), [](Range x, Range y) { return x.start < y.start; });
+  return result;
+}
+
 Reading reading_of(const Call& c, int64_t batch_row) {
   Reading result;
+  const std::vector<Range> inherited = inherited_of(c, batch_row);
   const int64_t whole[2] = {0, c.keys};
   const int64_t* segments = c.entries < 0 ? whole : c.segments + batch_row * c.entries * 2;
   for (int64_t s = 0; s < (c.entries < 0 ? 1 : c.entries); ++s) {
     Range range = {segments[2 * s], std::min(segments[2 * s + 1], c.keys - segments[2 * s])};
     if (c.mask_kind != 0) range = shown(c, batch_row, range);
     if (range.length <= 0) continue;
-    result.ranges.push_back(range);
+    append_pieces(result.ranges, range, inherited);
     result.keys += range.length;
     result.masked |= c.mask_kind != 0 && !is_open(c, batch_row, range);
   }
@@ -233,6 +269,8 @@ struct Part { float *most, *total, *out; };
 template <typename T, int64_t DIM>
 void attend(const Call& c, int64_t batch_row, int64_t kv_head, const Reading& reading, int64_t first, int64_t end,
             Part part, float* logits_out, int64_t logits_stride, float* scratch) {
+  const float* taken = c.logits ? c.logits + (batch_row * c.heads + kv_head * (c.heads / c.kv_heads)) * c.keys : nullptr;
+  float* kept = c.kept ? c.kept + (batch_row * c.heads + kv_head * (c.heads / c.kv_heads)) * c.keys : nullptr;
   const int64_t group = c.heads / c.kv_heads;
   const std::vector<Range>& ranges = reading.ranges;
   const T* keys = static_cast<const T*>(c.key) + batch_row * c.key_batch + kv_head * c.key_head;
@@ -242,20 +280,23 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const Reading& re
   float* value_rows = key_rows + TILE * c.head_dim;
   float* logits = value_rows + TILE * c.value_dim;
   for (int64_t g = 0; g < group; ++g) {
-    const T* row = static_cast<const T*>(c.query) + batch_row * c.query_batch + (kv_head * group + g) * c.query_head;
-    for (int64_t i = 0; i < c.head_dim; ++i) queries[g * c.head_dim + i] = number(row[i]) * c.scale;
     part.most[g] = NOTHING, part.total[g] = 0.0f;
     std::fill_n(part.out + g * c.value_dim, c.value_dim, 0.0f);
+    if (!c.query) continue;  // all logits are inherited
+    const T* row = static_cast<const T*>(c.query) + batch_row * c.query_batch + (kv_head * group + g) * c.query_head;
+    for (int64_t i = 0; i < c.head_dim; ++i) queries[g * c.head_dim + i] = number(row[i]) * c.scale;
   }
   const float* k[TILE];
   const float* v[TILE];
   int64_t number_of[TILE];  // place among the keys that the batch row reads
+  int64_t position_of[TILE];
+  int64_t own[TILE];  // which keys of the tile are multiplied with
   int64_t range = 0, before = 0;
   while (range < static_cast<int64_t>(ranges.size()) && before + ranges[range].length <= first)
     before += ranges[range++].length;
   int64_t at = first;
   while (at < end) {
-    int64_t count = 0;
+    int64_t count = 0, owned = 0;
     while (at < end && count < TILE) {
       while (at - before >= ranges[range].length) before += ranges[range++].length;
       const int64_t position = ranges[range].start + at - before;
@@ -269,7 +310,17 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const Reading& re
         }
       }
       if (seen) {
-        k[count] = row_of(keys + position * c.key_row, key_rows + count * c.head_dim, c.head_dim);
+        if (ranges[range].inherited) {
+          for (int64_t g = 0; g < group; ++g) {
+            float& logit = logits[g * TILE + count];
+            if (!reading.masked || logit != NOTHING) logit = taken[g * c.keys + position];
+          }
+        } else {
+          own[owned] = count;
+          k[owned] = row_of(keys + position * c.key_row, key_rows + owned * c.head_dim, c.head_dim);
+          ++owned;
+        }
+        position_of[count] = position;
         v[count] = row_of(values + position * c.value_row, value_rows + count * c.value_dim, c.value_dim);
         number_of[count++] = at;
       }
@@ -279,13 +330,20 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const Reading& re
     for (int64_t g = 0; g < group; ++g) {
       float* row = logits + g * TILE;
       float dots[TILE];
-      products<DIM>(queries + g * c.head_dim, k, count, c.head_dim, dots);
-      if (!reading.masked) {
+      if (owned) products<DIM>(queries + g * c.head_dim, k, owned, c.head_dim, dots);
+      if (!reading.masked && owned == count) {
         std::copy_n(dots, count, row);
+      } else if (!reading.masked) {
+        for (int64_t t = 0; t < owned; ++t) row[own[t]] = dots[t];
       } else {
         // What is hidden stays hidden, whatever the product with it is.
-        for (int64_t t = 0; t < count; ++t) row[t] = row[t] == NOTHING ? NOTHING : row[t] + dots[t];
+        for (int64_t t = 0; t < owned; ++t) {
+          float& logit = row[own[t]];
+          logit = logit == NOTHING ? NOTHING : logit + dots[t];
+        }
       }
+      if (kept)
+        for (int64_t t = 0; t < count; ++t) kept[g * c.keys + position_of[t]] = row[t];
       std::fill(row + count, row + padded, NOTHING);
       if (logits_out)
         for (int64_t t = 0; t < count; ++t) logits_out[g * logits_stride + number_of[t]] = row[t];
@@ -320,9 +378,10 @@ void append(const void* cache, const void* rows, int64_t batch, int64_t heads, i
 
 template <typename T>
 void run(Call c) {
-  if (c.new_key) {
-    append<T>(c.key, c.new_key, c.batch, c.kv_heads, c.keys, c.head_dim, c.key_batch, c.key_head, c.key_row,
-              c.new_key_batch, c.new_key_head);
+  if (c.new_value) {
+    if (c.new_key)
+      append<T>(c.key, c.new_key, c.batch, c.kv_heads, c.keys, c.head_dim, c.key_batch, c.key_head, c.key_row,
+                c.new_key_batch, c.new_key_head);
     append<T>(c.value, c.new_value, c.batch, c.kv_heads, c.keys, c.value_dim, c.value_batch, c.value_head, c.value_row,
               c.new_value_batch, c.new_value_head);
     ++c.keys;
@@ -348,7 +407,7 @@ void run(Call c) {
     return Part{at, at + group, at + 2 * group};
   };
   // Threads cost some microseconds to wake.
-  const int64_t threads = all_keys * c.kv_heads * c.head_dim < 32768 ? 1 : std::min(c.threads, tasks);
+  const int64_t threads = all_keys * c.kv_heads * c.value_dim < 32768 ? 1 : std::min(c.threads, tasks);
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> scratch(group * c.head_dim + TILE * (c.head_dim + c.value_dim + group));
@@ -408,8 +467,10 @@ extern "C" void avl_partitioned_decode(int64_t dtype, const void* const* tensors
   c.mask = tensors[5], c.segments = static_cast<const int64_t*>(tensors[6]);
   c.out = const_cast<void*>(tensors[7]), c.weights = static_cast<float*>(const_cast<void*>(tensors[9]));
   const int32_t* weigh = static_cast<const int32_t*>(tensors[8]);
+  c.kept = static_cast<float*>(const_cast<void*>(tensors[10]));
+  c.logits = static_cast<const float*>(tensors[11]), c.inherited = static_cast<const int64_t*>(tensors[12]);
   if (!weigh || *weigh == 0) c.weights = nullptr;
-  std::memcpy(&c.batch, sizes, 24 * sizeof(int64_t));
+  std::memcpy(&c.batch, sizes, 25 * sizeof(int64_t));
   c.scale = scale;
   if (dtype == 0) run<float>(c);
   else if (dtype == 1) run<Half>(c);

@@ -14,12 +14,12 @@ from torch import Tensor
 from avl_fx.kernels.native import bind
 from avl_fx.kernels.partitioned_decode.capacity import check_spare_row
 
-__all__ = ["is_available", "partitioned_decode_native"]
+__all__ = ["is_available", "partitioned_decode_native", "run"]
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MASKS = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4, torch.float64: 5}
-_POINTERS, _SIZES = struct.Struct("10N"), struct.Struct("24q")  # to pack them is much faster than to fill ctypes arrays
-_NO_STRIDES = (0, 0, 0)
+_POINTERS, _SIZES = struct.Struct("13N"), struct.Struct("25q")  # to pack them is much faster than to fill ctypes arrays
+_NO_STRIDES: tuple[int, ...] = (0, 0, 0)
 
 
 @cache
@@ -43,40 +43,82 @@ def partitioned_decode_native(
     segments: Tensor | None,
     weigh: Tensor | None,
     scale: float,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """`avl::partitioned_decode`; see the schema for shapes. ``None``: not for this dtype, or there is no compiler."""
-    function, dtype = _function(), _DTYPES.get(query.dtype)
-    if function is None or dtype is None or (mask is not None and mask.dtype not in _MASKS):
-        return None
-    batch, heads, _, head_dim = query.shape
-    kv_heads, keys = key.shape[1:3]
-    value_dim = value.shape[3]
-    query_strides, key_strides, value_strides = query.stride(), key.stride(), value.stride()
-    if query_strides[3] != 1:
-        query = query.contiguous()
-        query_strides = query.stride()
-    new_strides: tuple[int, ...] = (0, 0, 0, 0)
-    seen = keys
-    if new_key is not None and new_value is not None:
+    """`avl::partitioned_decode`; see the schema for shapes. ``None``: not for this dtype, or there is no compiler.
+
+    Args:
+        kept: receives the logits of what is read; float32 ``[batch, heads, K']``, contiguous, -inf so far.
+    """
+    if new_key is not None:
         check_spare_row(key)
         check_spare_row(value)
-        new_key, new_value = _rows(new_key), _rows(new_value)
-        new_strides = (*new_key.stride()[:2], *new_value.stride()[:2])
+    cache, new = (key, value), (new_key, new_value)
+    return run(query, *cache, *new, mask, segments, weigh, scale, kept=kept, heads=query.shape[1], dtype=query.dtype)
+
+
+def run(
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor,
+    new_key: Tensor | None,
+    new_value: Tensor | None,
+    mask: Tensor | None,
+    segments: Tensor | None,
+    weigh: Tensor | None,
+    scale: float,
+    *,
+    heads: int,
+    dtype: torch.dtype,
+    kept: Tensor | None = None,
+    logits: Tensor | None = None,
+    inherited: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """The C++ function behind `avl::partitioned_decode`, `avl::anchor_decode` and `avl::inherited_decode`.
+
+    Args:
+        query: absent where no product with a key is wanted, and then ``key`` is, too.
+        heads: query heads.
+        dtype: of the query, and of the result.
+        kept: as in `partitioned_decode_native`.
+        logits: float32 ``[batch, heads, K']``: taken in place of products.
+        inherited: int64 ``[batch, S, 2]``: the keys for which they are; ``None``: for all, where there are any.
+    """
+    function, code = _function(), _DTYPES.get(dtype)
+    if function is None or code is None or (mask is not None and mask.dtype not in _MASKS):
+        return None
+    batch, kv_heads, keys, value_dim = value.shape
+    head_dim = 0 if query is None else query.shape[3]
+    value_strides = value.stride()
+    query_strides = key_strides = new_key_strides = new_value_strides = _NO_STRIDES
+    if query is not None and key is not None:
+        query = _rows(query)
+        query_strides, key_strides = query.stride()[:3], key.stride()[:3]
+    seen = keys
+    if new_value is not None:
+        new_value = _rows(new_value)
+        new_value_strides = new_value.stride()[:3]
         seen += 1
+    if new_key is not None:
+        new_key = _rows(new_key)
+        new_key_strides = new_key.stride()[:3]
     mask_kind, mask_strides = 0, _NO_STRIDES
     if mask is not None:
         mask_kind = _MASKS[mask.dtype]
         strides = mask.expand(batch, heads, 1, seen).stride()
         mask_strides = (strides[0], strides[1], strides[3])
-    entries = -1
+    entries = inherited_entries = -1
     if segments is not None:
         segments = segments.contiguous()
         entries = segments.shape[1]
-    out = torch.empty((batch, heads, 1, value_dim), dtype=query.dtype)
+    if inherited is not None:
+        inherited = inherited.contiguous()
+        inherited_entries = inherited.shape[1]
+    out = torch.empty((batch, heads, 1, value_dim), dtype=dtype)
     weights = torch.empty((batch, kv_heads, 0 if weigh is None else seen), dtype=torch.float32)
     pointers = _POINTERS.pack(
-        query.data_ptr(),
-        _start(key),
+        _address(query),
+        0 if key is None else _start(key),
         _start(value),
         _address(new_key),
         _address(new_value),
@@ -85,14 +127,18 @@ def partitioned_decode_native(
         out.data_ptr(),
         _address(weigh),
         weights.data_ptr(),
+        _address(kept),
+        _address(logits),
+        _address(inherited),
     )
     sizes = _SIZES.pack(
-        *(batch, heads, kv_heads, keys, head_dim, value_dim, entries, mask_kind, torch.get_num_threads()),
-        *(query_strides[0], query_strides[1], *key_strides[:3], *value_strides[:3]),
-        *new_strides,
+        *(batch, heads, kv_heads, keys, head_dim, value_dim, entries, inherited_entries),
+        *(mask_kind, torch.get_num_threads()),
+        *(query_strides[0], query_strides[1], *key_strides, *value_strides[:3]),
+        *(new_key_strides[0], new_key_strides[1], new_value_strides[0], new_value_strides[1]),
         *mask_strides,
     )
-    function(dtype, pointers, sizes, scale)
+    function(code, pointers, sizes, scale)
     return out, weights
 
 
@@ -106,5 +152,5 @@ def _start(view: Tensor) -> int:
     return address or view.untyped_storage().data_ptr() + int(view.storage_offset()) * view.element_size()
 
 
-def _rows(new: Tensor) -> Tensor:
-    return new if new.stride(3) == 1 else new.contiguous()
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()

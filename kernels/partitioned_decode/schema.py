@@ -10,7 +10,7 @@ from torch import Tensor
 
 from avl_fx.kernels.dispatch import implementation
 
-__all__ = ["MAX_SEGMENTS", "partitioned_decode"]
+__all__ = ["MAX_SEGMENTS", "check", "check_ranges", "check_rows", "partitioned_decode"]
 
 MAX_SEGMENTS = 64
 """Key ranges a batch row may have."""
@@ -69,7 +69,7 @@ def partitioned_decode(
     """
     from avl_fx.kernels.partitioned_decode import IMPLEMENTATIONS
 
-    _check(query, key, value, new_key, new_value, segments, weigh)
+    check(query, key, value, new_key, new_value, segments, weigh)
     return implementation("partitioned_decode", IMPLEMENTATIONS, query.device)(
         query, key, value, new_key, new_value, mask, segments, weigh, scale
     )
@@ -92,7 +92,7 @@ def _(query, key, value, new_key, new_value, mask, segments, weigh, scale):
     return out, query.new_empty((batch, kv_heads, 0 if weigh is None else seen), dtype=torch.float32)
 
 
-def _check(
+def check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -101,6 +101,7 @@ def _check(
     segments: Tensor | None,
     weigh: Tensor | None,
 ) -> None:
+    """Raise what `partitioned_decode` says of these arguments."""
     batch, heads, queries, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]
     if queries != 1:
@@ -111,20 +112,32 @@ def _check(
         raise ValueError(f"value: {tuple(value.shape)} does not fit the keys {tuple(key.shape)}.")
     if key.dtype != query.dtype or value.dtype != query.dtype:
         raise ValueError(f"key, value: {key.dtype} and {value.dtype} beside a query of {query.dtype}.")
-    for name, cache, new in (("new_key", key, new_key), ("new_value", value, new_value)):
-        if cache.stride(3) != 1:
-            raise ValueError(f"{name[4:]}: its last dimension has stride {cache.stride(3)}. Fix: make it contiguous.")
-        if (new is None) != (new_key is None):
-            raise ValueError("new_key, new_value: only one of them is given. Fix: give both or neither.")
-        if new is not None and (new.shape != (batch, kv_heads, 1, cache.shape[3]) or new.dtype != cache.dtype):
-            raise ValueError(f"{name}: {tuple(new.shape)}, {new.dtype} is no row of {tuple(cache.shape)}.")
-    if segments is not None:
-        if segments.dim() != 3 or segments.shape[0] != batch or segments.shape[2] != 2 or segments.dtype != torch.int64:
-            raise ValueError(f"segments: {tuple(segments.shape)}, {segments.dtype} instead of int64 [{batch}, S, 2].")
-        if segments.shape[1] > MAX_SEGMENTS:
-            raise ValueError(f"segments: {segments.shape[1]} a row. Fix: at most {MAX_SEGMENTS}; merge neighbours.")
+    if (new_key is None) != (new_value is None):
+        raise ValueError("new_key, new_value: only one of them is given. Fix: give both or neither.")
+    check_rows("key", key, new_key)
+    check_rows("value", value, new_value)
+    check_ranges("segments", segments, batch)
     if weigh is not None and (weigh.shape != (1,) or weigh.dtype != torch.int32):
         raise ValueError(f"weigh: {tuple(weigh.shape)}, {weigh.dtype} instead of int32 [1].")
     for name, tensor in (("key", key), ("segments", segments), ("weigh", weigh)):
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"{name}: on {tensor.device}, and the query on {query.device}. Fix: move them together.")
+
+
+def check_rows(name: str, cache: Tensor, new: Tensor | None) -> None:
+    """Raise unless rows of ``cache`` are contiguous and ``new`` is one of them."""
+    batch, kv_heads, _, dim = cache.shape
+    if cache.stride(3) != 1:
+        raise ValueError(f"{name}: its last dimension has stride {cache.stride(3)}. Fix: make it contiguous.")
+    if new is not None and (new.shape != (batch, kv_heads, 1, dim) or new.dtype != cache.dtype):
+        raise ValueError(f"new_{name}: {tuple(new.shape)}, {new.dtype} is no row of {tuple(cache.shape)}.")
+
+
+def check_ranges(name: str, ranges: Tensor | None, batch: int) -> None:
+    """Raise unless ``ranges`` are of the shape and dtype of `partitioned_decode`'s segments."""
+    if ranges is None:
+        return
+    if ranges.dim() != 3 or ranges.shape[0] != batch or ranges.shape[2] != 2 or ranges.dtype != torch.int64:
+        raise ValueError(f"{name}: {tuple(ranges.shape)}, {ranges.dtype} instead of int64 [{batch}, S, 2].")
+    if ranges.shape[1] > MAX_SEGMENTS:
+        raise ValueError(f"{name}: {ranges.shape[1]} a row. Fix: at most {MAX_SEGMENTS}; merge neighbours.")

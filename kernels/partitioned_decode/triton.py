@@ -21,6 +21,7 @@ BLOCK_KEYS = 32
 """Keys of one tile. With 64, seven heads of 128 dimensions and a mask do not fit into the registers of sm_100."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-2e38)
 """Times LOG2_E it is still a float32; added to any logit it is all that is left."""
 
@@ -81,6 +82,7 @@ def attend_kernel(
     part_out,
     part_max,
     part_sum,
+    kept,
     scale,
     keys,
     kv_heads,
@@ -105,6 +107,7 @@ def attend_kernel(
     VALUE_DIM: tl.constexpr,
     MASK: tl.constexpr,
     APPEND: tl.constexpr,
+    KEEP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -113,7 +116,8 @@ def attend_kernel(
 ):
     """Attention of one group of heads over one split of what its batch row reads; stores the new row if there is one.
 
-    ``keys`` counts the rows that are stored already: the new one is taken from where it comes from.
+    ``keys`` counts the rows that are stored already: the new one is taken from where it comes from. With ``KEEP`` the
+    logits of what is read go to ``kept``, [batch, heads, keys and the new one], in natural units.
     """
     program = tl.program_id(0).to(tl.int64)
     split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
@@ -152,6 +156,9 @@ def attend_kernel(
         if MASK != "none":
             logits = tl.where(bias == float("-inf"), float("-inf"), logits + bias)
         logits = tl.where(read[None, :], logits, float("-inf"))
+        if KEEP:
+            row_of = (program * GROUP + g)[:, None] * (keys.to(tl.int64) + APPEND)
+            tl.store(kept + row_of + position[None, :], logits * LN_2, mask=(g < GROUP)[:, None] & read[None, :])
         p, factor, most, total = _update(logits, most, total)
         in_value = read[:, None] & (v < VALUE_DIM)[None, :]
         x = tl.load(value + position[:, None] * value_row + v[None, :], mask=in_value, other=0.0)
@@ -177,6 +184,8 @@ def attend_kernel(
             seen = seen & (extra != float("-inf"))
             logit = logit + extra
         logit = tl.where(seen, logit, float("-inf"))
+        if KEEP:
+            tl.store(kept + (program * GROUP + g) * (row + 1) + row, logit * LN_2, mask=g < GROUP)
         p, factor, most, total = _update(logit[:, None], most, total)
         out = out * factor[:, None] + tl.where(seen[:, None], p * x.to(tl.float32)[None, :], 0.0)
 
@@ -285,8 +294,13 @@ def partitioned_decode_triton(
     segments: Tensor | None,
     weigh: Tensor | None,
     scale: float,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`avl::partitioned_decode` on CUDA and ROCm; see the schema for shapes."""
+    """`avl::partitioned_decode` on CUDA and ROCm; see the schema for shapes.
+
+    Args:
+        kept: receives the logits of what is read; float32 ``[batch, heads, K']``, contiguous, -inf so far.
+    """
     batch, heads, _, head_dim = query.shape
     kv_heads, keys, value_dim = *key.shape[1:3], value.shape[3]
     append = False
@@ -329,6 +343,7 @@ def partitioned_decode_triton(
         part_out,
         part_max,
         part_sum,
+        kept,
         scale,
         keys,
         kv_heads,
@@ -343,6 +358,7 @@ def partitioned_decode_triton(
         VALUE_DIM=value_dim,
         MASK=kind,
         APPEND=append,
+        KEEP=kept is not None,
         BLOCK_V=block_v,
         **blocks,
     )

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from avl_fx.kernels.inherited_decode import anchor_decode_reference
+from avl_fx.kernels.inherited_decode.triton import anchor_decode_triton, inherited_decode_triton
 from avl_fx.kernels.partition.triton import partition_triton
 from avl_fx.kernels.partitioned_decode import partitioned_decode_reference
 from avl_fx.kernels.partitioned_decode.triton import partitioned_decode_triton
 from avl_fx.kernels.visual_scores.triton import visual_scores_triton
-from tests.kernels import test_partition, test_partitioned_decode, test_visual_scores
+from tests.kernels import test_inherited_decode, test_partition, test_partitioned_decode, test_visual_scores
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -50,6 +52,8 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 attend = on_device(partitioned_decode_triton)
+anchor = on_device(anchor_decode_triton)
+inherit = on_device(inherited_decode_triton)
 score = on_device(visual_scores_triton)
 move = on_device(partition_triton)
 check_decode = partial(test_partitioned_decode.check, attend=attend, wishes=(True,))
@@ -164,6 +168,50 @@ def test_decode_without_ranges(appends: bool) -> None:
 def test_decode_of_many_segments() -> None:
     case = Decode(keys=200, batch=1)
     check_decode(case, [[(3 * i, 2) for i in range(64)]])
+
+
+# ---- avl::anchor_decode and avl::inherited_decode --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_anchor_logits(dtype: torch.dtype, heads: int, kv_heads: int) -> None:
+    skip_products_of_bfloat16(dtype, heads, kv_heads)
+    case = Decode(heads, kv_heads, dtype=dtype)
+    rows = test_partitioned_decode.segments(test_partitioned_decode.SHAPES["ragged"])
+    for appends in (False, True):
+        new = case.new() if appends else (None, None)
+        mask = case.visible((2, 1, 1, 40 + appends))
+        arguments = *case.tensors(), *new, mask, rows, None, 0.3
+        logits, expected = anchor(*arguments)[2], anchor_decode_reference(*arguments)[2]
+        hidden = expected == -torch.inf
+        assert torch.equal(logits == -torch.inf, hidden)
+        got, wanted = logits.masked_fill(hidden, 0), expected.masked_fill(hidden, 0)
+        assert test_partitioned_decode.error(got, wanted) <= test_partitioned_decode.TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_inherited_dtypes_and_groups(dtype: torch.dtype, heads: int, kv_heads: int) -> None:
+    skip_products_of_bfloat16(dtype, heads, kv_heads)
+    case = Decode(heads, kv_heads, value_dim=24, dtype=dtype)
+    rows = test_partitioned_decode.SHAPES["text, core, text"]
+    for inherited in (None, test_inherited_decode.INHERITED["ragged"]):
+        test_inherited_decode.check(case, rows, inherited, case.visible((2, 1, 1, 40)), inherit)
+        test_inherited_decode.check(case, None, inherited, None, inherit)
+
+
+@pytest.mark.parametrize("inherited", test_inherited_decode.INHERITED)
+@pytest.mark.parametrize("shape", test_partitioned_decode.SHAPES)
+def test_inherited_ranges(shape: str, inherited: str) -> None:
+    rows = test_partitioned_decode.SHAPES[shape]
+    case = Decode(4, 2, head_dim=24, layout="heads inside")
+    test_inherited_decode.check(case, rows, test_inherited_decode.INHERITED[inherited], None, inherit)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_inherited_stores_the_new_row_and_nothing_else(own: bool) -> None:
+    test_inherited_decode.check_new_row(Decode(value_dim=24), own, inherit)
 
 
 # ---- avl::visual_scores ----------------------------------------------------------------------------------------------

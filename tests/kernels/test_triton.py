@@ -11,7 +11,11 @@ import pytest
 import torch
 
 CASES = Path(__file__).parent / "_triton_cases.py"
-PARTS = {"decode": "test_decode", "scores and moves": "test_scores or test_moves"}
+PARTS = {
+    "decode": "test_decode",
+    "anchors and lazy layers": "test_anchor or test_inherited",
+    "scores and moves": "test_scores or test_moves",
+}
 
 
 def run_cases(chosen: str, **environment: str) -> None:
@@ -50,6 +54,7 @@ def test_on_a_gpu(part: str) -> None:
 
 def test_triton_is_imported_late() -> None:
     """The package works where Triton is not installed."""
-    check = "import sys, avl_fx.kernels.partitioned_decode, avl_fx.kernels.visual_scores, avl_fx.kernels.partition\n"
+    operators = ("partitioned_decode", "visual_scores", "partition", "inherited_decode")
+    check = f"import sys, {', '.join(f'avl_fx.kernels.{name}' for name in operators)}\n"
     check += "assert not [name for name in sys.modules if name.endswith('.triton') and name.startswith('avl_fx')]"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=CASES.parents[2], timeout=120)

@@ -1,0 +1,243 @@
+"""Triton implementations of `avl::anchor_decode` and `avl::inherited_decode` for CUDA and ROCm.
+
+The anchor's is that of `avl::partitioned_decode`, which writes its logits out. A lazy layer's is built alike: one
+program for each key/value head and split, and the same joining of splits. Its tiles of logits are loaded; products with
+keys are made in tiles that hold a key whose logit is not inherited.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from avl_fx.kernels.partitioned_decode.capacity import with_spare_row
+from avl_fx.kernels.partitioned_decode.triton import (
+    BLOCK_KEYS,
+    LOG2_E,
+    _hides,
+    _logits,
+    _mask,
+    _ranges,
+    _update,
+    merge_kernel,
+    partitioned_decode_triton,
+)
+from avl_fx.kernels.splits import split_count
+
+__all__ = ["anchor_decode_triton", "inherited_decode_triton"]
+
+
+def anchor_decode_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    new_key: Tensor | None,
+    new_value: Tensor | None,
+    mask: Tensor | None,
+    segments: Tensor | None,
+    weigh: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`avl::anchor_decode` on CUDA and ROCm; see the schema for shapes."""
+    seen = key.shape[2] + (new_key is not None)
+    kept = query.new_full((query.shape[0], query.shape[1], seen), -torch.inf, dtype=torch.float32)
+    arguments = query, key, value, new_key, new_value, mask, segments, weigh, scale
+    return (*partitioned_decode_triton(*arguments, kept=kept), kept)
+
+
+@triton.jit(do_not_specialize=["keys"])
+def inherit_kernel(
+    inherited_logits,
+    query,
+    key,
+    value,
+    mask,
+    segments,
+    inherited,
+    part_out,
+    part_max,
+    part_sum,
+    scale,
+    keys,
+    kv_heads,
+    entries,
+    inherited_entries,
+    query_batch,
+    query_head,
+    key_batch,
+    key_head,
+    key_row,
+    value_batch,
+    value_head,
+    value_row,
+    mask_batch,
+    mask_head,
+    mask_key,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    MASK: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """Attention of one group of heads over one split of what its batch row reads; ``OWN``: not all is inherited."""
+    program = tl.program_id(0).to(tl.int64)
+    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    batch_row, kv_head = program // kv_heads, program % kv_heads
+    g, d, v = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    head = kv_head * GROUP + g
+    value += batch_row * value_batch + kv_head * value_head
+    inherited_logits += program * GROUP * keys
+    if MASK != "none":
+        mask += batch_row * mask_batch + kv_head * GROUP * mask_head
+    if OWN:
+        in_query = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+        q = tl.load(query + batch_row * query_batch + head[:, None] * query_head + d[None, :], mask=in_query, other=0.0)
+        key += batch_row * key_batch + kv_head * key_head
+        their_start, their_length = _ranges(inherited, batch_row, keys, inherited_entries, BLOCK_I)
+
+    start, length = _ranges(segments, batch_row, keys, entries, BLOCK_S)
+    behind = tl.cumsum(length, 0)
+    before = behind - length
+    count = tl.sum(length, 0)
+    share = tl.cdiv(tl.cdiv(count, splits), BLOCK_K) * BLOCK_K
+    first = split * share
+    end = tl.minimum(first + share, count)
+
+    most = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    out = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
+    for at in range(first, end, BLOCK_K):
+        number = at + tl.arange(0, BLOCK_K)
+        read = number < end
+        within = (number[:, None] >= before[None, :]) & (number[:, None] < behind[None, :])
+        position = tl.sum(tl.where(within, number[:, None] - before[None, :] + start[None, :], 0), axis=1)
+        if MASK != "none":
+            bias = _hides(mask, g, position, read, mask_head, mask_key, GROUP, MASK)
+            read = read & (tl.max(bias, axis=0) != float("-inf"))
+        in_logits = (g < GROUP)[:, None] & read[None, :]
+        theirs = g.to(tl.int64)[:, None] * keys + position[None, :]
+        if OWN:
+            their_end = their_start + their_length
+            covered = (position[:, None] >= their_start[None, :]) & (position[:, None] < their_end[None, :])
+            is_theirs = tl.max(covered.to(tl.int32), axis=1) > 0
+            in_logits = in_logits & is_theirs[None, :]
+        logits = tl.load(inherited_logits + theirs, mask=in_logits, other=float("-inf")) * LOG2_E
+        if OWN:
+            in_key = (read & (is_theirs == 0))[:, None] & (d < HEAD_DIM)[None, :]
+            k = tl.load(key + position[:, None] * key_row + d[None, :], mask=in_key, other=0.0)
+            own = _logits(q, k, scale, BLOCK_G)
+            if MASK != "none":
+                own = own + bias
+            logits = tl.where(is_theirs[None, :], logits, own)
+        if MASK != "none":
+            logits = tl.where(bias == float("-inf"), float("-inf"), logits)
+        logits = tl.where(read[None, :], logits, float("-inf"))
+        # What no head of the group sees may hold anything.
+        read = read & (tl.max(tl.where((g < GROUP)[:, None], logits, float("-inf")), axis=0) != float("-inf"))
+        p, factor, most, total = _update(logits, most, total)
+        in_value = read[:, None] & (v < VALUE_DIM)[None, :]
+        x = tl.load(value + position[:, None] * value_row + v[None, :], mask=in_value, other=0.0)
+        if BLOCK_G == 1:
+            product = tl.sum(tl.trans(p) * x.to(tl.float32), axis=0)[None, :]
+        else:
+            product = tl.dot(p.to(x.dtype), x, input_precision="ieee")
+        out = out * factor[:, None] + product
+
+    part = (program * splits + split) * GROUP + g
+    tl.store(part_max + part, most, mask=g < GROUP)
+    tl.store(part_sum + part, total, mask=g < GROUP)
+    in_out = (g < GROUP)[:, None] & (v < VALUE_DIM)[None, :]
+    tl.store(part_out + part[:, None] * VALUE_DIM + v[None, :], out, mask=in_out)
+
+
+def inherited_decode_triton(
+    logits: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor,
+    new_key: Tensor | None,
+    new_value: Tensor | None,
+    mask: Tensor | None,
+    segments: Tensor | None,
+    inherited: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """`avl::inherited_decode` on CUDA and ROCm; see the schema for shapes."""
+    if new_value is not None:
+        value = with_spare_row(value)
+        value.narrow(2, value.shape[2] - 1, 1).copy_(new_value)
+    if key is not None and new_key is not None:
+        key = with_spare_row(key)
+        key.narrow(2, key.shape[2] - 1, 1).copy_(new_key)
+    batch, kv_heads, keys, value_dim = value.shape
+    heads = logits.shape[1]
+    group = heads // kv_heads
+    if segments is None:
+        segments = value.new_zeros(batch, 1, 2, dtype=torch.int64)
+        segments[..., 1] = keys
+    segments, logits = segments.contiguous(), logits.contiguous()
+    query_strides: tuple[int, ...] = (0, 0)
+    key_strides: tuple[int, ...] = (0, 0, 0)
+    head_dim = 1
+    if query is not None and key is not None and inherited is not None:
+        query = query if query.stride(3) == 1 else query.contiguous()
+        query_strides, key_strides, head_dim = query.stride()[:2], key.stride()[:3], query.shape[3]
+        inherited = inherited.contiguous()
+    kind, mask, mask_strides = _mask(mask, (batch, heads, 1, keys))
+    splits = split_count(batch * kv_heads, keys, value.device)
+    block_v = max(16, triton.next_power_of_2(value_dim))
+    out = value.new_empty(batch, heads, 1, value_dim)
+    lse = value.new_empty(batch, heads, dtype=torch.float32)
+    part_out = value.new_empty(batch * kv_heads, splits, group, value_dim, dtype=torch.float32)
+    part_max, part_sum = value.new_empty(2, batch * kv_heads, splits, group, dtype=torch.float32)
+    inherit_kernel[(batch * kv_heads, splits)](
+        logits,
+        query,
+        key,
+        value,
+        mask,
+        segments,
+        inherited,
+        part_out,
+        part_max,
+        part_sum,
+        scale,
+        keys,
+        kv_heads,
+        segments.shape[1],
+        0 if inherited is None else inherited.shape[1],
+        *query_strides,
+        *key_strides,
+        *value.stride()[:3],
+        *mask_strides,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        MASK=kind,
+        OWN=query is not None,
+        BLOCK_G=1 if group == 1 else max(16, triton.next_power_of_2(group)),
+        BLOCK_K=BLOCK_KEYS,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_V=block_v,
+        BLOCK_S=triton.next_power_of_2(max(1, segments.shape[1])),
+        BLOCK_I=1 if inherited is None else triton.next_power_of_2(max(1, inherited.shape[1])),
+    )
+    merge_kernel[(batch * heads,)](
+        part_out,
+        part_max,
+        part_sum,
+        out,
+        lse,
+        splits,
+        GROUP=group,
+        VALUE_DIM=value_dim,
+        BLOCK_V=block_v,
+        BLOCK_P=triton.next_power_of_2(splits),
+    )
+    return out
