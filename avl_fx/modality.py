@@ -18,7 +18,17 @@ from torch import Tensor
 
 from avl_fx.errors import ModalityError
 
-__all__ = ["attach", "carried", "given", "given_keys", "given_rows", "modality_ids", "pop_given", "push_given", "visual_from_ids"]
+__all__ = [
+    "attach",
+    "carried",
+    "given",
+    "given_keys",
+    "given_rows",
+    "modality_ids",
+    "pop_given",
+    "push_given",
+    "visual_from_ids",
+]
 
 _ATTRIBUTE = "_avl_visual_positions"
 

@@ -522,5 +522,6 @@ def _segments(ranges: Ranges) -> Tensor:
     """As `avl::partitioned_decode` takes them; int64 ``[B, MAX_SEGMENTS, 2]``."""
     segments = torch.zeros(len(ranges), MAX_SEGMENTS, 2, dtype=torch.int64)
     for row, pairs in enumerate(ranges):
-        segments[row, : len(pairs)] = torch.tensor([(start, end - start) for start, end in pairs], dtype=torch.int64)
+        lengths = [(start, end - start) for start, end in pairs]
+        segments[row, : len(pairs)] = torch.tensor(lengths, dtype=torch.int64).view(-1, 2)
     return segments

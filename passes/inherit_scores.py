@@ -3,8 +3,8 @@
 *Decode, mode* ``gla``. `share_queries` let a lazy layer attend with its anchor's query and keys. Their product is the
 same in every layer of the block, so the anchor (`avl::anchor_decode`) keeps it, one number for each query head and key,
 and the others (`avl::inherited_decode`) read that and their values: a step of a lazy layer costs half of what it cost.
-It applies where the earlier stages brought a whole block to `avl::partitioned_decode`, which they do where that pays. On
-a GPU nothing else has to speak for it, so there the block is brought here.
+It applies where the earlier stages brought a whole block to `avl::partitioned_decode`, which they do where that pays.
+On a GPU nothing else has to speak for it, so there the block is brought here.
 
 *Mode* ``vla_scores``. Logits against visual keys are the anchor's, those against text keys the layer's own, and one
 softmax covers both. A decode step does the same as above, and names the keys that are inherited. A prompt puts both
@@ -69,6 +69,7 @@ def _inherit_all(anchor: Site, lazy: list[Site], result: PassResult) -> None:
             # Keys that are not read or that the mask hides have logits of -inf.
             values = arguments[_VALUE], None, arguments[_NEW_VALUE], None, arguments[_SEGMENTS], None
             _take(site, logits, None, None, *values)
+            site.inherits = "all"
             result.count += 1
 
 
@@ -113,6 +114,7 @@ def _inherit_visual(gm: fx.GraphModule, ctx: PassContext, anchor: Site, lazy: li
         for site in heirs:
             query, key, value, new_key, new_value, mask, segments, _, _ = attending(site).args
             _take(site, logits, query, key, value, new_key, new_value, mask, segments, inherited)
+            site.inherits = "visual"
             result.count += 1
     for site in lazy:
         if site not in heirs:
@@ -133,6 +135,7 @@ def _inherit_prompt(gm: fx.GraphModule, ctx: PassContext, site: Site, anchor: Si
     key = insert_traced(node, _beside, flags, node.args[_KEY], theirs.args[_KEY])
     node.update_arg(_QUERY, query)
     node.update_arg(_KEY, key)
+    site.inherits = "visual"
     result.count += 1
 
 

@@ -9,8 +9,8 @@ additional input names. Which ranges those are (everything, text and core, text 
 every step, nothing is compiled anew, and where the state of the cache is unknown the range is everything, which is
 exact.
 
-A plan whose lazy layers inherit logits against visual keys (mode ``vla_scores``) needs to know where those keys are, and
-nothing else: nothing is scored then, and no row moves.
+A plan whose lazy layers inherit logits against visual keys (mode ``vla_scores``) needs to know where those keys are,
+and nothing else: nothing is scored then, and no row moves.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     layers: list[tuple[Site, PartitionedLayer]] = []
     by_key: dict[fx.Node, Site] = {}
     for site in decoder_sites(ctx):
-        if site.node is None or site.status is Status.REFUSED:
+        if site.node is None or site.status is Status.REFUSED or not (ctx.plan.reads_less or _in_block(site)):
             continue
         outcome = _understand(gm, site, by_key, layers)
-        if not isinstance(outcome, PartitionedLayer) and outcome[0] is Reason.NO_CACHE and _inherits_anyway(ctx, site):
+        if not isinstance(outcome, PartitionedLayer) and outcome[0] is Reason.NO_CACHE:
+            if not (ctx.plan.inherits_scores and _in_block(site)):  # prompts inherit without a cache, too
+                result.refuse(site, *outcome)
             continue
         if isinstance(outcome, PartitionedLayer):
             layers.append((site, outcome))
@@ -103,9 +105,8 @@ def _in_words(plan: Plan) -> str:
     return ", ".join(parts)
 
 
-def _inherits_anyway(ctx: PassContext, site: Site) -> bool:
-    """Whether ``site`` belongs to a block whose prompts inherit logits, with a cache or without."""
-    return ctx.plan.inherits_scores and (site.anchor is not None or site.action == "anchor")
+def _in_block(site: Site) -> bool:
+    return site.anchor is not None or site.action == "anchor"
 
 
 def _understand(

@@ -7,8 +7,8 @@ the key write of its cache) is then dead and removed.
 The keys of such a layer are *not stored*. Where the graph returned them, the rewritten graph returns nothing and the
 runtime puts a marker (see `avl_fx.dropped_keys`); where it wrote them into a static buffer, the write goes.
 
-In the modes ``vla`` and ``vla_scores`` a lazy layer inherits at visual positions only. This stage says which layers may;
-`substitute_visual` and `inherit_scores` rewrite them.
+In the modes ``vla`` and ``vla_scores`` a lazy layer inherits at visual positions only. This stage says which layers
+may; `substitute_visual` and `inherit_scores` rewrite them.
 """
 
 from __future__ import annotations

@@ -98,6 +98,8 @@ class Site:
     action: str = "dense"
     anchor: int | None = None
     """The layer that a lazy site inherits from."""
+    inherits: str = "none"
+    """Which logits it takes from its anchor: ``none``, ``all``, or ``visual``, those against visual keys."""
     visual: str = "none"
     """Where this site's visual key positions come from; see `locate_modalities`."""
 

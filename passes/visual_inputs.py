@@ -7,7 +7,6 @@ Ranges have a size of their own, so no graph depends on how many visual tokens t
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, fx
 from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
 from avl_fx.passes.context import PassContext, Size, VisualInputs
 from avl_fx.passes.nodes import alias_root, fake, mutated_input, op, same_size, shape, writes_to
+from avl_fx.passes.read_ranges import attending
 from avl_fx.passes.rewrite import add_input, insert_call, insert_traced
 from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.passes.site import Site
@@ -28,7 +28,7 @@ def new_flags(gm: fx.GraphModule, ctx: PassContext) -> tuple[fx.Node | None, tup
 
     ``None``: they are not known.
     """
-    first = next(s.node for s in decoder_sites(ctx) if s.node is not None)
+    first = _first(ctx)
     inputs = _inputs(gm, ctx, first)
     if inputs.flags is not None or ctx.visual is None:
         return inputs.flags, ()
@@ -40,7 +40,7 @@ def new_flags(gm: fx.GraphModule, ctx: PassContext) -> tuple[fx.Node | None, tup
         return inputs.flags, ()
     if inputs.batch is None or inputs.queries is None:
         return None, ()
-    inputs.new = add_input(gm.graph, "avl_visual", (_batch(first), MAX_SEGMENTS, 2), torch.int64, first)
+    inputs.new = add_input(gm.graph, "avl_visual", (_batch(first), MAX_SEGMENTS, 2), torch.int64, _query(first))
     inputs.flags = insert_traced(first, _flags, inputs.new, first.args[0])
     return inputs.flags, (inputs.new.name,)
 
@@ -51,18 +51,16 @@ def past_ranges(gm: fx.GraphModule, ctx: PassContext) -> tuple[fx.Node | None, t
 
     ``None``: no input of the graph tells its batch size.
     """
-    first = next(s.node for s in decoder_sites(ctx) if s.node is not None)
+    first = _first(ctx)
     inputs = _inputs(gm, ctx, first)
     if inputs.past is not None or inputs.batch is None:
         return inputs.past, ()
-    inputs.past = add_input(gm.graph, "avl_visual_past", (_batch(first), MAX_SEGMENTS, 2), torch.int64, first)
+    inputs.past = add_input(gm.graph, "avl_visual_past", (_batch(first), MAX_SEGMENTS, 2), torch.int64, _query(first))
     return inputs.past, (inputs.past.name,)
 
 
-def key_flags(
-    gm: fx.GraphModule, ctx: PassContext, site: Site
-) -> tuple[fx.Node | None, tuple[str, ...]]:
-    """Which keys of a prompt's ``site`` are visual, bool ``[batch, keys]``, inserted before it; and names of new inputs.
+def key_flags(gm: fx.GraphModule, ctx: PassContext, site: Site) -> tuple[fx.Node | None, tuple[str, ...]]:
+    """Which keys of a prompt's ``site`` are visual, bool ``[batch, keys]``, inserted before it; names of new inputs.
 
     ``None``: it is not known.
     """
@@ -128,6 +126,15 @@ def _flags(ranges: Tensor, like: Tensor) -> Tensor:
     positions = torch.sub(torch.cumsum(torch.ones_like(like[0, 0, :, 0], dtype=torch.int64), 0), 1)
     start, length = ranges[:, :, None, 0], ranges[:, :, None, 1]
     return torch.logical_and(torch.ge(positions, start), torch.lt(torch.sub(positions, start), length)).any(1)
+
+
+def _first(ctx: PassContext) -> fx.Node:
+    """The first attention of the decoder, which no lazy layer stands before."""
+    return attending(next(s for s in decoder_sites(ctx) if s.node is not None))
+
+
+def _query(attention: fx.Node) -> fx.Node:
+    return attention.args[0]  # type: ignore[return-value]
 
 
 def _batch(node: fx.Node) -> Any:

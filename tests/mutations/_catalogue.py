@@ -468,7 +468,7 @@ MUTATIONS: list[Mutation] = [
             "past_value, new_value, new_key, *rest",
             APPEND,
         ),
-        ("grow what others read", "return readers <= attending and", "return", APPEND),
+        ("grow what others read", "return readers <= allowed and", "return", APPEND),
         ("grow what autograd knows", "if fake(past).requires_grad or fake(new).requires_grad:", "if False:", APPEND),
         ("take any cache for one with room", "head_stride >= (keys + 1) * dim)", "head_stride >= dim)", APPEND),
         ("append two rows as if they were one", "or added[2] != 1:", "or False:", APPEND),

@@ -3,10 +3,10 @@
     with lazy_oracle(model, blocks=[(1, 3)], decoder_prefix="model.language_model.layers", kinds=["full"] * 4):
         model.generate(**inputs)
 
-A block is an inclusive range of decoder layers. Its first layer is the anchor; the others are lazy. Every layer computes,
-and caches, queries and keys of its own, and uses its own values, mask, scale and everything else. What a lazy layer takes
-from its anchor's attention in the same forward pass (queries and keys after norms, RoPE and the cache, so keys of the
-whole history) depends on the mode:
+A block is an inclusive range of decoder layers. Its first layer is the anchor; the others are lazy. Every layer
+computes, and caches, queries and keys of its own, and uses its own values, mask, scale and everything else. What a lazy
+layer takes from its anchor's attention in the same forward pass (queries and keys after norms, RoPE and the cache, so
+keys of the whole history) depends on the mode:
 
 *gla*: queries and keys.
 
@@ -16,8 +16,8 @@ whole history) depends on the mode:
 text keys.
 
 Some layers of a block stay dense: one whose kind (full, sliding, cross) is not the anchor's, one whose queries or keys
-have another shape, every cross-attention layer, and the whole block if the anchor is a cross-attention layer. In the modes
-that ask for visual positions so do all layers whose kind is not "full", and everything where nothing is visual.
+have another shape, every cross-attention layer, and the whole block if the anchor is a cross-attention layer. In the
+modes that ask for visual positions so do all layers whose kind is not "full", and everything where nothing is visual.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,9 +34,7 @@ Blocks = Sequence[tuple[int, int]]
 class LazyOracle:
     """What each layer does. `lazy`: layer -> its anchor; `dense`: layer of a block that stays dense -> why."""
 
-    def __init__(
-        self, blocks: Blocks, kinds: Sequence[str], mode: str = "gla", visual: Tensor | None = None
-    ) -> None:
+    def __init__(self, blocks: Blocks, kinds: Sequence[str], mode: str = "gla", visual: Tensor | None = None) -> None:
         self.mode = mode
         self.visual = visual
         """bool [B, prompt]; later keys are text. `see` replaces it before a further prompt."""
