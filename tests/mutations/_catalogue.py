@@ -40,6 +40,7 @@ READS = "tests/avl_fx/test_reads.py -k 'hand or ranges'"
 ONCE = f"{P}read_once.py"
 DECODE = "tests/kernels/test_partitioned_decode.py -k 'native and (is_stored or is_seen)'"
 STATE, AVL = "tests/avl_fx/test_partition.py", "tests/e2e/test_avl.py -m 'not matrix'"
+MODES = "tests/e2e/test_lazy_modes.py -m 'not matrix'"
 RESOLVE, STORED, COMPACT = f"{P}resolve_rows.py", "tests/avl_fx/test_stored_rows.py", "tests/e2e/test_compact_cache.py"
 
 
@@ -219,6 +220,78 @@ MUTATIONS: list[Mutation] = [
             "if _written_between(anchor.node, site.node):",
             "if False:",
             f"{SHARE} -k 'must_not_change'",
+        ),
+    ),
+    *_in(
+        "passes/substitute_visual.py",
+        (
+            "substitute everywhere but there",
+            "flags[:, None, :, None], theirs, own)",
+            "flags[:, None, :, None], own, theirs)",
+            f"{MODES} -k 'second_turn and vla-'",
+        ),
+        (
+            "substitute keys alone",
+            "    site.node.update_arg(_QUERY, query)\n",
+            "",
+            f"{MODES} -k 'second_turn and vla-'",
+        ),
+        (
+            "guess where nothing is known",
+            "if flags is None:\n                result.refuse(site, Reason.VISUAL_UNKNOWN)\n                continue",
+            "if flags is None:\n                continue",
+            f"{MODES} -k 'unknown and vla'",
+        ),
+    ),
+    *_in(
+        "passes/inherit_scores.py",
+        (
+            "inherit text instead of images",
+            "own.masked_fill(visual, 0.0), theirs.masked_fill(torch.logical_not(visual), 0.0)",
+            "own.masked_fill(torch.logical_not(visual), 0.0), theirs.masked_fill(visual, 0.0)",
+            f"{MODES} -k 'second_turn and vla_scores'",
+        ),
+        (
+            "add the anchor's products to the layer's own",
+            "own.masked_fill(visual, 0.0)",
+            "own",
+            f"{MODES} -k 'second_turn and vla_scores'",
+        ),
+        (
+            "inherit every logit of a step",
+            "new_value, mask, segments, inherited)",
+            "new_value, mask, segments, segments)",
+            f"{MODES} -k 'second_turn and vla_scores'",
+        ),
+        (
+            "inherit from an anchor that reads other keys",
+            "same = all(node.args[i] is anchor.args[i] for i in shared)",
+            "same = True",
+            "tests/e2e/test_inherit_scores.py -k 'llava and dynamic'",
+        ),
+    ),
+    *_in(
+        "passes/visual_inputs.py",
+        (
+            "forget what was visual before",
+            "earlier = insert_traced(node, _flags, past, root.args[0][0])",
+            "earlier = insert_traced(node, _flags, insert_call(node, torch.zeros_like, past), root.args[0][0])",
+            f"{MODES} -k 'second_turn and vla_scores'",
+        ),
+        (
+            "take ranges one too long",
+            "torch.lt(torch.sub(positions, start), length)",
+            "torch.le(torch.sub(positions, start), length)",
+            "tests/avl_fx/test_visual_calls.py",
+        ),
+    ),
+    *_in(
+        "avl_fx/visual_calls.py",
+        (
+            "give a piece of a prompt what the whole has",
+            "visual = given_rows(queries, tokens)",
+            "visual = given_rows(queries, 0)",
+            "tests/avl_fx/test_visual_calls.py",
         ),
     ),
     *_in(
