@@ -120,6 +120,24 @@ def test_several_rows_are_a_prompt():
     assert all(map(has_room, rewritten.outputs[1:])), "and later steps find room"
 
 
+def test_a_window_that_slides_keeps_the_copy():
+    """Its cache gives up the oldest row at some step, wherever the model does that."""
+    step = Step()
+    step.is_sliding = True
+    rewritten = run(step, tensors())
+    assert rewritten.result("append_in_place").count == 0
+    assert counts(rewritten.gm)["cat"] == 2
+
+
+def test_two_rows_of_one_query_keep_the_copy():
+    """A layer may store more than it asks with."""
+    args = tensors()
+    args[1:3] = tensors(queries=2, seed=1)[1:3]
+    rewritten = run(Step(), args)
+    assert rewritten.result("append_in_place").count == 0
+    assert counts(rewritten.gm)["cat"] == 2
+
+
 @pytest.mark.parametrize("position", [0, 1, 3], ids=["query", "new row", "past rows"])
 def test_gradients_need_the_copy(position):
     args = tensors()
