@@ -37,7 +37,7 @@ def neighbours_under(matrix: Matrix, epsilon: float) -> tuple[Block, ...]:
 
 
 def cheapest_blocks(matrix: Matrix, weights: Sequence[int], least: int) -> tuple[Block, ...] | None:
-    """Blocks of the smallest total cost among those whose lazy layers weigh at least ``least``; ``None``: there are none.
+    """Blocks of the smallest total cost whose lazy layers weigh at least ``least``; ``None`` where there are none.
 
     Exact, by dynamic programming over where the blocks end.
 

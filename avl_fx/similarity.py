@@ -1,4 +1,4 @@
-"""How alike the layers of a decoder attend, and how their attention spreads over an image: sums over any number of samples.
+"""How alike the layers of a decoder attend, and how their attention spreads over an image: sums over samples.
 
 A *sample* is one batch row of a prompt. Memory depends on the number of layers alone. Sums are kept in float64, in the
 order in which batches arrive: what is summed up in two sittings is, to the last bit, what one sitting gives.
@@ -45,15 +45,18 @@ class Statistics:
     @classmethod
     def empty(cls, layers: int) -> Statistics:
         """Nothing seen yet. Layers that are never seen stay infinitely far from all others."""
-        zeros = {"dtype": torch.float64}
+
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float64)
+
         return cls(
-            0,
-            torch.zeros(layers, layers, **zeros),
-            torch.zeros(layers, layers, **zeros),
-            torch.zeros(layers, **zeros),
-            torch.zeros(layers, **zeros),
-            torch.zeros(layers, **zeros),
-            torch.zeros(layers, len(MASSES), **zeros),
+            samples=0,
+            divergence=zeros(layers, layers),
+            squares=zeros(layers, layers),
+            visual_samples=zeros(layers),
+            mass=zeros(layers),
+            attending=zeros(layers),
+            spread=zeros(layers, len(MASSES)),
         )
 
     @property

@@ -25,7 +25,9 @@ def last_rows_reference(
     rows = torch.zeros(batch, heads, keys, dtype=torch.float32, device=query.device)
     for row in range(batch):
         last = _last_real(counted, positions, batch, heads, queries, row)
-        for head in range(heads if last is not None else 0):
+        if last is None:
+            continue
+        for head in range(heads):
             logits = key[row, head // groups].to(work) @ query[row, head, last].to(work) * scale
             if is_causal:
                 logits[last + 1 :] = float("-inf")

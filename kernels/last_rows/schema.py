@@ -24,10 +24,10 @@ def last_rows(
 ) -> Tensor:
     """Softmax probabilities of each key under the last real query of each batch row.
 
-    Which query that is, ``counted`` says, so that layers with masks of their own (a sliding window hides the prompt from
-    padding behind it) agree on it. Per batch row: the *visible* keys are those that the last query sees there (through
-    any head); the *real* queries are those that stand at a visible key, and not behind the last of them. So padding
-    counts neither on the left nor on the right.
+    Which query that is, ``counted`` says, so that layers with masks of their own (a sliding window hides the prompt
+    from padding behind it) agree on it. Per batch row: the *visible* keys are those that the last query sees there
+    (through any head); the *real* queries are those that stand at a visible key, and not behind the last of them. So
+    padding counts neither on the left nor on the right.
 
     Args:
         query: ``[batch, heads, queries, head_dim]``; float32, bfloat16, float16 or float64.
