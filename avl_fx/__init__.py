@@ -8,6 +8,7 @@
 
 from avl_fx.backend import avl_backend
 from avl_fx.cache import AVLCache
+from avl_fx.calibrate import calibrate
 from avl_fx.errors import AvlError
 from avl_fx.explain import explain
 from avl_fx.modality import modality_ids
@@ -22,6 +23,7 @@ __all__ = [
     "Plan",
     "__version__",
     "avl_backend",
+    "calibrate",
     "compile",
     "explain",
     "modality_ids",

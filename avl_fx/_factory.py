@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from avl_fx._messages import near_miss, quote, show
 from avl_fx.errors import OptionError
 
-__all__ = ["call_factory"]
+__all__ = ["call_calibration_factory", "call_factory"]
 
 _FIELD = "--factory"
 
@@ -30,12 +31,54 @@ def call_factory(spec: str) -> tuple[nn.Module, dict[str, Any]]:
 
     Whatever the module or the function raises is passed on.
     """
+    made = _function(spec, "(model, inputs)")()
+    if not _is_pair(made) or not isinstance(made[1], Mapping):
+        raise OptionError(
+            f"{quote(spec)} must return (model, inputs), it returned {show(made)}",
+            field=_FIELD,
+            remedy="return a torch.nn.Module and a dict of its keyword arguments",
+        )
+    return made[0], dict(made[1])
+
+
+def call_calibration_factory(spec: str, paths: list[Path] | None = None) -> tuple[nn.Module, Iterable[Any]]:
+    """Import and call ``spec``, which returns ``(model, batches)``; it is given ``paths`` where there are any.
+
+    Raises:
+        OptionError: as `call_factory`; or it takes no ``paths``, or asks for them and there are none.
+    """
+    function = _function(spec, "(model, batches)")
+    arguments = [] if paths is None else [paths]
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        raise OptionError(
+            f"{quote(spec)} must take {'nothing' if paths is None else 'one argument, the list of paths'}",
+            field=_FIELD,
+            remedy="give --images DIR, or drop its parameters" if paths is None else "write def make(paths): ...",
+        ) from None
+    made = function(*arguments)
+    if not _is_pair(made) or isinstance(made[1], Mapping) or not isinstance(made[1], Iterable):
+        raise OptionError(
+            f"{quote(spec)} must return (model, batches), it returned {show(made)}",
+            field=_FIELD,
+            remedy="return a torch.nn.Module and an iterable of dicts of its keyword arguments",
+        )
+    return made
+
+
+def _is_pair(made: Any) -> bool:
+    return isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)
+
+
+def _function(spec: str, returns: str) -> Callable[..., Any]:
+    """What ``spec`` names."""
     where, colon, name = spec.rpartition(":")
     if not colon or not where or not name:
         raise OptionError(
             f"must be module:function, got {quote(spec)}",
             field=_FIELD,
-            remedy="name a function that returns (model, inputs), for example my_models:llava",
+            remedy=f"name a function that returns {returns}, for example my_models:llava",
         )
     module = _from_file(Path(where)) if where.endswith(".py") else _from_name(where)
     function = getattr(module, name, None)
@@ -46,19 +89,7 @@ def call_factory(spec: str) -> tuple[nn.Module, dict[str, Any]]:
             field=_FIELD,
             remedy=f"did you mean {meant!r}?" if meant else "check its name",
         )
-    made = function()
-    if (
-        not isinstance(made, tuple)
-        or len(made) != 2
-        or not isinstance(made[0], nn.Module)
-        or not isinstance(made[1], Mapping)
-    ):
-        raise OptionError(
-            f"{quote(spec)} must return (model, inputs), it returned {show(made)}",
-            field=_FIELD,
-            remedy="return a torch.nn.Module and a dict of its keyword arguments",
-        )
-    return made[0], dict(made[1])
+    return function
 
 
 def _from_name(name: str) -> ModuleType:

@@ -14,6 +14,7 @@ from torch import fx
 from avl_fx import _compat
 from avl_fx.errors import AvlError, CacheStateError, InternalError
 from avl_fx.modality import carried, given
+from avl_fx.observe import active_observer
 from avl_fx.options import BackendOptions, parse_options
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.nodes import alias_root, arg, hint, op, shape
@@ -117,6 +118,7 @@ def _make_context(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Ba
         expected_layers=resolver.decoder_layers(),
         decoder_modules=resolver.decoder_modules(),
         carried_visual=visual,
+        observe=active_observer() is not None,
         # CUDA graphs copy their inputs into memory of their own, without what lies behind their end.
         spare_rows=not options.inductor_config().get("triton.cudagraphs", False),
     )

@@ -1,4 +1,4 @@
-"""The command line: ``avl env``, ``avl plan show|check|make``, ``avl explain``."""
+"""The command line: ``avl env``, ``avl plan show|check|make``, ``avl explain``, ``avl calibrate``."""
 
 import contextlib
 import json
@@ -13,11 +13,14 @@ from rich.console import Console
 from rich.text import Text
 
 from avl_fx import __version__, env_report
-from avl_fx._factory import call_factory
+from avl_fx._factory import call_calibration_factory, call_factory
 from avl_fx._messages import quote
 from avl_fx._table import ascii_table, cell
-from avl_fx._words import count, ranges
-from avl_fx.errors import AvlError, OptionError, PlanError
+from avl_fx._targets import Target
+from avl_fx._words import count, percent, ranges
+from avl_fx.calibrate import calibrated
+from avl_fx.calibration_report import CalibrationReport
+from avl_fx.errors import AvlError, CalibrationError, OptionError, PlanError
 from avl_fx.explain import FRONT_DOORS, explain
 from avl_fx.plan import Plan
 
@@ -216,6 +219,131 @@ def explain_command(
         typer.echo(str(report), nl=False)
     if report.stopped:
         raise typer.Exit(FAILED)
+
+
+# ---- calibrate ---------------------------------------------------------------------------------------------------
+
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Names of images end like this, in either case."""
+
+
+@app.command("calibrate")
+def calibrate_command(
+    factory: Annotated[
+        str,
+        typer.Option(
+            "--factory",
+            "-f",
+            metavar="MODULE:FUNCTION",
+            help="Function that returns (model, batches); without arguments, or of the paths of --images.",
+        ),
+    ],
+    epsilon: Annotated[
+        float | None, typer.Option("--epsilon", help="Target: layers that differ from the one before by less (nats).")
+    ] = None,
+    lazy_share: Annotated[
+        float | None, typer.Option("--lazy-share", help="Target: share of the decoder layers that are lazy.")
+    ] = None,
+    kv_saving: Annotated[
+        float | None, typer.Option("--kv-saving", help="Target: share of the KV bytes that is saved.")
+    ] = None,
+    max_divergence: Annotated[
+        float | None,
+        typer.Option("--max-divergence", help="Target: most lazy layers within this sum of divergences (nats)."),
+    ] = None,
+    mode: Annotated[str, typer.Option("--mode", help="What lazy layers inherit: gla, vla or vla_scores.")] = "gla",
+    vision: Annotated[bool, typer.Option("--vision", help="Add core and secondary shares of visual keys.")] = False,
+    images: Annotated[
+        Path | None, typer.Option("--images", metavar="DIR", help="Folder of images, whose paths the factory is given.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Batches to run at most.")] = None,
+    compiler: Annotated[str, typer.Option("--compiler", help="eager, aot_eager or inductor.")] = "eager",
+    state: Annotated[
+        Path | None, typer.Option("--state", help="File to keep what is summed up in; an interrupted run goes on.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for plan.json, report.json, picture and page.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Find the layers that attend alike: avl calibrate -f my_models.py:llava --lazy-share 0.4 -o calibration
+
+    Give exactly one target. Exit code 2 when the request is wrong.
+    """
+    targets = {
+        "epsilon": epsilon,
+        "lazy_share": lazy_share,
+        "kv_saving": kv_saving,
+        "max_divergence": max_divergence,
+    }
+    with _one_line_errors(debug):
+        # Before the model is made, which may take minutes.
+        Target.of(targets)
+        paths = None if images is None else _images(images)
+        model, batches = call_calibration_factory(factory, paths)
+        report = calibrated(
+            model,
+            batches,
+            targets,
+            mode=mode,  # type: ignore[arg-type]
+            vision=vision,
+            limit=limit,
+            compiler=compiler,
+            state=state,
+            report=output,
+        )
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    else:
+        _show_calibration(report, output)
+
+
+def _images(folder: Path) -> list[Path]:
+    """The images in ``folder`` itself, sorted by name."""
+    if not folder.is_dir():
+        missing = not folder.exists()
+        raise CalibrationError(
+            f"there is no folder {quote(folder)}" if missing else f"{quote(folder)} is no folder",
+            field="--images",
+            remedy="check its path" if missing else "name the folder that holds the images",
+        )
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES and path.is_file())
+    if not found:
+        raise CalibrationError(
+            f"there are no images in {quote(folder)} (looked for {', '.join(IMAGES)}, not in folders inside)",
+            field="--images",
+            remedy="name the folder that holds the images",
+        )
+    return found
+
+
+def _show_calibration(report: CalibrationReport, output: Path | None) -> None:
+    table = ascii_table("layer", "kind", "role", "from before", "from anchor", "on visual keys", "core", "secondary")
+    for layer in report.layers:
+        table.add_row(
+            str(layer.layer),
+            layer.kind or "-",
+            layer.role if layer.anchor is None else f"lazy (anchor {layer.anchor})",
+            *("-" if n is None else f"{n:.4f}" for n in (layer.divergence_before, layer.divergence_anchor)),
+            "-" if layer.visual_mass is None else percent(layer.visual_mass, 1),
+            *(("-", "-") if layer.ratios is None else (f"{layer.ratios.core:g}", f"{layer.ratios.secondary:g}")),
+        )
+    _print(table)
+    savings, ratios = report.savings, report.ratios
+    facts = [
+        ("seen", f"{report.samples} prompts in {report.batches} batches"),
+        ("lazy", f"{savings.lazy_layers} of {count(savings.layers, 'layer')}, {report.cost:.4g} nats in all"),
+        ("KV bytes", f"{savings.kv_bytes_before} -> {savings.kv_bytes_after} a token"),
+        ("linear calls", f"{savings.linears_before} -> {savings.linears_after} a forward"),
+        ("visual keys", "none seen" if ratios is None else f"core {ratios.core:g}, secondary {ratios.secondary:g}"),
+        ("plan", str(report.plan)),
+        *(("warning", warning) for warning in report.warnings),
+        *([] if output is None else [("wrote", f"{output / 'plan.json'}, {output / 'report.html'}")]),
+    ]
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        _print(Text(f" {name:{width}}", style="dim"), cell(f"  {value}"))
 
 
 # ---- output ------------------------------------------------------------------------------------------------------

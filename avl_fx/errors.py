@@ -12,6 +12,7 @@ from avl_fx._compat import BackendErrorBase
 __all__ = [
     "AvlError",
     "CacheStateError",
+    "CalibrationError",
     "CaptureError",
     "InternalError",
     "ModalityError",
@@ -111,6 +112,10 @@ class CacheStateError(AvlError):
 
 class ModalityError(AvlError):
     """Modality ids are missing, or do not fit the input they describe."""
+
+
+class CalibrationError(AvlError):
+    """Nothing can be learned from a batch, a set of images or a saved state, or a target cannot be reached."""
 
 
 class InternalError(AvlError):

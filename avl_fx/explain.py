@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from numbers import Number
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from avl_fx import _compat, regions
 from avl_fx._digest import Run, digest
+from avl_fx._inputs import check_inputs
 from avl_fx._messages import near_miss, show
 from avl_fx._untouched import left_untouched
 from avl_fx.backend import avl_backend
@@ -71,7 +70,7 @@ def explain(
     """
     model = _compat.uncompiled(model)
     _check_model(model)
-    _check_inputs(model, inputs)
+    check_inputs(model, inputs, "explain(model, plan, **processor(..., return_tensors='pt'))")
     resolved = Plan.resolve(plan)
     options = {"plan": resolved, "compiler": compiler}
     parse_options(None, options)
@@ -230,38 +229,3 @@ def _check_model(model: object) -> None:
             field="model",
             remedy="pass the model itself, not its class, its name or its outputs",
         )
-
-
-def _check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Inputs that cannot be a model's fail here, with a remedy, rather than deep inside the model."""
-    takes = inspect.signature(model.forward).parameters
-    for name, value in inputs.items():
-        numbers = name in takes and _holds_numbers(value)
-        if numbers or (hasattr(value, "__array__") and not isinstance(value, Tensor)):
-            raise CaptureError(
-                f"must be a tensor, got {type(value).__name__}",
-                field=name,
-                remedy="pass return_tensors='pt' to the processor, or wrap it in torch.as_tensor(...)",
-            )
-    if not any(_holds_tensor(value) for value in inputs.values()):
-        raise CaptureError(
-            "no tensor among them" if inputs else "none were given",
-            field="inputs",
-            remedy="pass what the model takes, for example explain(model, plan, **processor(..., return_tensors='pt'))",
-        )
-
-
-def _holds_numbers(value: object) -> bool:
-    while isinstance(value, list | tuple) and value:
-        value = value[0]
-        if isinstance(value, Number):
-            return True
-    return False
-
-
-def _holds_tensor(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_holds_tensor, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_holds_tensor, value))
-    return isinstance(value, Tensor)

@@ -12,6 +12,7 @@ from avl_fx.compact_calls import CompactCalls
 from avl_fx.dropped_keys import check_stored, mark_buffer, marker
 from avl_fx.growing import GrowingCache
 from avl_fx.modality import attach, carried, given
+from avl_fx.observe import ObservedGraph
 from avl_fx.partition import Partition, everything
 from avl_fx.partition_runtime import PartitionRuntime
 from avl_fx.passes.context import DroppedKeys, PassContext
@@ -28,8 +29,8 @@ class CompiledGraph:
 
     Before it: refuses key caches that a lazy plan left empty where this graph attends densely, and puts the rows of a
     partitioned cache back unless this graph continues the partition. After it: puts the
-    markers of dropped keys where the model expects keys, lets discovered visual positions ride on the outputs, and
-    keeps partitioned caches in order.
+    markers of dropped keys where the model expects keys, lets discovered visual positions ride on the outputs, keeps
+    partitioned caches in order, and hands what was observed to whoever calibrates.
     """
 
     compiled: Callable[..., Any]
@@ -47,6 +48,7 @@ class CompiledGraph:
     visual: VisualCalls | None = None
     past: Sequence[int] = ()
     """Input positions of the keys and values of dynamic caches."""
+    observed: ObservedGraph | None = None
 
     @classmethod
     def of(
@@ -76,6 +78,7 @@ class CompiledGraph:
             takes_ranges=ctx.ranges is not None,
             visual=None if ctx.visual_inputs is None else VisualCalls.of(ctx.visual_inputs),
             past=past,
+            observed=None if ctx.observed is None else ObservedGraph.of(ctx.observed, record),
         )
 
     def __call__(self, *given_args: Any) -> Any:
@@ -93,13 +96,16 @@ class CompiledGraph:
         inputs = args if self.growing is None else self.growing.before(args)
         new, past = self._visual_ranges(args, state)
         outputs = list(self.compiled(*inputs, *columns, *new, *ranges, *past))
-        returned = [outputs.pop() for _ in range(0 if self.partition is None else self.partition.returned)][::-1]
+        rows = _taken_off(outputs, 0 if self.observed is None else self.observed.returned)
+        returned = _taken_off(outputs, 0 if self.partition is None else self.partition.returned)
         visual = outputs.pop() if self.returns_visual else None
         for position in self.emptied:
             outputs.insert(position, None)
         if self.growing is not None:
             self.growing.after(inputs, outputs)
         visual = self._pass_on(args, outputs, visual)
+        if self.observed is not None:
+            self.observed.finish(rows, visual)
         if self.partition is not None:
             self.partition.finish(inputs, outputs, returned, visual, state)
         self._mark_dropped(outputs)
@@ -151,6 +157,11 @@ class CompiledGraph:
             if seen is not None and self.record.visual != "none":
                 recorder.saw_visual(seen)
         return visual if visual is not None else given()
+
+
+def _taken_off(outputs: list[Any], count: int) -> list[Any]:
+    """The last ``count`` outputs, which are taken off the others."""
+    return [outputs.pop() for _ in range(count)][::-1]
 
 
 def _step(graph: int, state: Partition | None) -> DecodeStep:

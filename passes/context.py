@@ -17,6 +17,8 @@ __all__ = [
     "DroppedKeys",
     "GrowingTensor",
     "KeyRanges",
+    "ObservedAttention",
+    "ObservedLayer",
     "PartitionIO",
     "PartitionedLayer",
     "PassContext",
@@ -182,6 +184,44 @@ class PartitionIO:
 
 
 @dataclass
+class ObservedLayer:
+    """One decoder layer whose last attention row a graph returns."""
+
+    layer: int
+    kind: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+    linears: int
+    """Linear layers of the graph that make nothing but this layer's query and key: what a lazy layer does without."""
+    rows: fx.Node | None = None
+    """float32 ``[batch, heads, keys]``"""
+
+
+@dataclass
+class ObservedAttention:
+    """How one graph and the runtime of `observe_attention` meet."""
+
+    layers: list[ObservedLayer]
+    excluded: dict[int, str]
+    """Layer -> why its attention is not observed. Layers of cross-attention are among them."""
+    apart: dict[tuple[int, int], str]
+    """``(earlier, later)`` layer -> why the later one cannot inherit from the earlier one."""
+    depth: int | None
+    """Decoder layers of the model, where it tells."""
+    cross: bool
+    """Whether images come in through cross-attention: the other layers' keys are then those of text."""
+    positions: fx.Node | None = None
+    """Key positions of the queries, in a static cache; int64 ``[queries]``."""
+
+    def returned(self) -> list[fx.Node]:
+        """What the graph returns beyond the model's own outputs, in this order."""
+        return [n for n in (*(layer.rows for layer in self.layers), self.positions) if n is not None]
+
+
+@dataclass
 class PassContext:
     """Everything that one graph's pipeline shares. Made by the backend, one a graph."""
 
@@ -197,6 +237,9 @@ class PassContext:
     visual: VisualSource | None = None
     carried_visual: str | None = None
     """``carried`` or ``given`` when visual positions come with the graph's inputs."""
+    observe: bool = False
+    """Whether prompts return their last attention rows: somebody calibrates."""
+    observed: ObservedAttention | None = None
     compact: CompactRows | None = None
     partition: PartitionIO | None = None
     ranges: KeyRanges | None = None
@@ -222,4 +265,5 @@ class PassContext:
     def returned(self) -> list[fx.Node]:
         """What the graph returns beyond the model's own outputs, in order."""
         visual = [] if self.visual is None or self.visual.node is None else [self.visual.node]
-        return visual + ([] if self.partition is None else self.partition.returned())
+        partition = [] if self.partition is None else self.partition.returned()
+        return visual + partition + ([] if self.observed is None else self.observed.returned())

@@ -33,7 +33,7 @@ from avl_fx.passes.share_queries import decoder_sites, same_value
 from avl_fx.passes.site import PassResult, Reason, Site, Status
 from avl_fx.plan import Plan
 
-__all__ = ["partition_modalities"]
+__all__ = ["partition_modalities", "static_positions"]
 
 _QUERY, _KEY, _VALUE, _MASK, _SCALE, _CAUSAL = range(6)
 _SAME_TENSOR = frozenset({"detach", "alias"})
@@ -69,7 +69,7 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     assert first is not None
     io.weight = _weight(gm, first.args[_VALUE])
     # A decode step asks the same as a prompt: the partition may start there.
-    io.positions = _static_positions(layers[0][0])
+    io.positions = static_positions(layers[0][0])
     if first.args[_MASK] is not None:
         io.last_mask = insert_call(first, operator.getitem, first.args[_MASK], (slice(None), slice(None), -1))
     if decode:
@@ -182,7 +182,7 @@ def _is_prefix(node: fx.Node) -> bool:
     return all(p.stop is None for i, p in enumerate(parts) if i != 2)
 
 
-def _static_positions(site: Site) -> fx.Node | None:
+def static_positions(site: Site) -> fx.Node | None:
     """The key positions ``[queries]`` that a static cache writes this graph's keys to."""
     assert site.node is not None
     for write in writes_to(alias_root(site.node.args[_KEY])):  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from avl_fx.passes.inherit_scores import inherit_scores
 from avl_fx.passes.locate_modalities import locate_modalities
 from avl_fx.passes.lower import lower
 from avl_fx.passes.narrow_linears import narrow_linears
+from avl_fx.passes.observe_attention import observe_attention
 from avl_fx.passes.partition_modalities import partition_modalities
 from avl_fx.passes.read_once import read_once
 from avl_fx.passes.resolve_rows import resolve_rows
@@ -30,6 +31,7 @@ Pass = Callable[[fx.GraphModule, PassContext], PassResult]
 STAGES: tuple[Pass, ...] = (
     find_attention,  # every attention call -> one canonical avl::attention node
     locate_modalities,  # where the row-wise visual positions come from
+    observe_attention,  # calibration: a prompt also returns the attention rows of its last query
     resolve_rows,  # a compact cache: the rows that are there for those that the model believes in
     share_queries,  # lazy blocks inherit queries and keys; dead projections and key writes go
     substitute_visual,  # or inherit them at visual positions

@@ -24,7 +24,7 @@ from avl_fx.passes.nodes import alias_root, mutated_input
 from avl_fx.passes.rewrite import remove_dead
 from avl_fx.passes.site import PassResult, Reason, Site, Status
 
-__all__ = ["DECODER_ROLES", "decoder_sites", "lazy_blocks", "same_value", "share_queries"]
+__all__ = ["DECODER_ROLES", "decoder_sites", "lazy_blocks", "same_value", "share_queries", "why_not"]
 
 DECODER_ROLES = ("decoder", "cross")
 """Roles of sites that the plan's layer numbers mean."""
@@ -46,7 +46,7 @@ def share_queries(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             result.refuse(site, Reason.LAYER_UNKNOWN)
         elif anchor_layer is not None and site.status is not Status.REFUSED:
             anchor = _anchor(by_layer, anchor_layer, site)
-            refusal = _why_not(site, anchor)
+            refusal = why_not(site, anchor)
             if refusal is None and policy.mode != "gla" and site.kind != "full":
                 refusal = Reason.POSITION_MASK, site.kind
             if refusal is not None:
@@ -99,7 +99,7 @@ def _anchor(by_layer: dict[int, list[Site]], layer: int, site: Site) -> Site | N
     return candidates[0] if len(candidates) == 1 else None
 
 
-def _why_not(site: Site, anchor: Site | None) -> tuple[Reason, str] | None:
+def why_not(site: Site, anchor: Site | None) -> tuple[Reason, str] | None:
     """Why ``site`` cannot inherit from ``anchor``; ``None`` when it can."""
     if anchor is None:
         return Reason.ANCHOR_ELSEWHERE, "compile the whole decoder as one graph: avl_fx.compile(model, plan=...)"
