@@ -32,6 +32,7 @@ from avl_fx._untouched import left_untouched
 from avl_fx.backend import avl_backend
 from avl_fx.calibration_report import CalibrationReport, proposed_ratios, stored_bytes
 from avl_fx.errors import CalibrationError, UnsupportedPlanError
+from avl_fx.modality import given_as_before
 from avl_fx.observe import Observer, observing
 from avl_fx.options import parse_options
 from avl_fx.plan import Plan
@@ -183,7 +184,7 @@ def _watch(
     seen = 0
     sizes = [limit, len(batches) if isinstance(batches, Sized) else None]
     total = min((size for size in sizes if size is not None), default=None)
-    with _instrumented(model, compiler) as observer, _bar(progress, total, done) as step:
+    with _instrumented(model, compiler) as observer, given_as_before(), _bar(progress, total, done) as step:
         for number, batch in enumerate(itertools.islice(batches, limit)):
             seen += 1
             if number < done:

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from avl_fx.errors import ModalityError
 
-__all__ = ["attach", "carried", "given", "given_keys", "modality_ids", "pop_given", "push_given", "visual_from_ids"]
+__all__ = [
+    "attach",
+    "carried",
+    "given",
+    "given_as_before",
+    "given_keys",
+    "modality_ids",
+    "pop_given",
+    "push_given",
+    "visual_from_ids",
+]
 
 _ATTRIBUTE = "_avl_visual_positions"
 
@@ -56,6 +66,19 @@ def modality_ids(ids: Tensor) -> Iterator[None]:
         yield
     finally:
         _given.reset(token)
+
+
+@contextlib.contextmanager
+def given_as_before() -> Iterator[None]:
+    """Whatever positions are given inside the block, afterwards those from before it are.
+
+    For code that draws from a caller's iterator: one that yields inside `modality_ids` may never be drawn from again.
+    """
+    before = _given.get()
+    try:
+        yield
+    finally:
+        _given.set(before)
 
 
 def visual_from_ids(ids: Any) -> Tensor:
