@@ -70,7 +70,10 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_table_and_the_files(folder):
     result = avl("-f", "my_models:make", "--lazy-share", 0.5, "-o", "out/a", "--mode", "vla")
-    for part in ("lazy (anchor 0)", "4 prompts in 2 batches", "1 of 2 layers", "KV bytes", "plan.json", "gla"):
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["1", "full", "lazy", "0"] in [line[:4] for line in lines]
+    assert ["0", "full", "anchor", "-"] in [line[:4] for line in lines]
+    for part in ("4 prompts in 2 batches", "1 of 2 layers", "KV bytes", "plan.json", "gla"):
         assert part in result.stdout
     assert Plan.from_json(folder / "out" / "a" / "plan.json").lazy_policy.mode == "vla"
     assert result.stderr == ""
@@ -82,7 +85,9 @@ def test_json(folder):
     assert (data["target"], data["value"], data["batches"], data["blocks"]) == ("epsilon", 0.0, 1, [])
     assert data["warnings"]
     # Another target, the same state.
-    data = json.loads(avl("-f", "my_models:make", "--max-divergence", 1, "--limit", 1, "--json", "--state", "state").stdout)
+    data = json.loads(
+        avl("-f", "my_models:make", "--max-divergence", 1, "--limit", 1, "--json", "--state", "state").stdout
+    )
     assert data["blocks"] == [[0, 1]]
 
 
@@ -91,7 +96,9 @@ def test_images_go_to_the_factory(folder):
     (images / "inside").mkdir(parents=True)
     for name in ("b.PNG", "a.jpg", "notes.txt", "inside/c.png"):
         (images / name).write_bytes(b"")
-    data = json.loads(avl("-f", "my_models:of_images", "--images", images, "--kv-saving", 0.2, "--vision", "--json").stdout)
+    data = json.loads(
+        avl("-f", "my_models:of_images", "--images", images, "--kv-saving", 0.2, "--vision", "--json").stdout
+    )
     assert sys.modules["my_models"].MADE == ["a.jpg", "b.PNG"]
     assert data["batches"] == 2
     assert data["plan"]["vision"]["core"] == data["ratios"]["core"]

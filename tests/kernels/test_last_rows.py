@@ -16,7 +16,12 @@ SCORES = (last_rows_reference, IMPLEMENTATIONS["cpu"])
 
 
 def operands(
-    heads: int = 8, kv_heads: int = 2, queries: int = 9, keys: int = 9, dtype: torch.dtype = torch.float32, seed: int = 0
+    heads: int = 8,
+    kv_heads: int = 2,
+    queries: int = 9,
+    keys: int = 9,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(BATCH, heads, queries, HEAD_DIM, generator=generator)
@@ -28,7 +33,9 @@ def truth(
 ) -> Tensor:
     """The whole attention matrix in float64, then one row of it; shares no line with the reference."""
     (batch, heads, queries, _), (kv_heads, keys) = query.shape, key.shape[1:3]
-    logits = torch.einsum("bhid,bhjd->bhij", query.double(), key.double().repeat_interleave(heads // kv_heads, 1)) * SCALE
+    logits = (
+        torch.einsum("bhid,bhjd->bhij", query.double(), key.double().repeat_interleave(heads // kv_heads, 1)) * SCALE
+    )
     allowed = torch.ones(queries, keys, dtype=torch.bool)
     allowed = allowed.tril() if causal else allowed
     if mask is not None and mask.dtype == torch.bool:
@@ -179,7 +186,10 @@ WRONG = {
     "keys of another dtype": ({"key": torch.zeros(2, 2, 9, 16).half()}, "key: torch.float16"),
     "mask and causal": ({"mask": torch.ones(2, 1, 9, 9, dtype=torch.bool), "is_causal": True}, "mask: .* is_causal"),
     "a mask of other keys": ({"mask": torch.ones(2, 1, 9, 8, dtype=torch.bool)}, "mask: .* does not broadcast"),
-    "a mask of another batch": ({"counted": torch.ones(3, 1, 9, 9, dtype=torch.bool)}, "counted: .* does not broadcast"),
+    "a mask of another batch": (
+        {"counted": torch.ones(3, 1, 9, 9, dtype=torch.bool)},
+        "counted: .* does not broadcast",
+    ),
     "a position for each key": ({"positions": torch.arange(10)}, "positions: .* instead of int64"),
     "positions of int32": ({"positions": torch.arange(9, dtype=torch.int32)}, "positions: .*int32 instead of int64"),
 }
