@@ -118,7 +118,7 @@ def _own_linears(site: Site, rows: fx.Node) -> int:
         node = pending.pop()
         if node in own or node.op == "placeholder":
             continue
-        if not all(user in own or _is_for_storage(user, node, stored, own) for user in node.users):
+        if not all(user in own or _is_for_storage(user, node, stored) for user in node.users):
             continue
         own.add(node)
         found += op(node) == "linear"
@@ -126,10 +126,10 @@ def _own_linears(site: Site, rows: fx.Node) -> int:
     return found
 
 
-def _is_for_storage(user: fx.Node, node: fx.Node, stored: fx.Node, own: set[fx.Node]) -> bool:
+def _is_for_storage(user: fx.Node, node: fx.Node, stored: fx.Node) -> bool:
     """Whether ``user`` does nothing with ``node`` but ask for its shape, or return the keys to a cache, or a part."""
     if op(user) in METADATA_OPS:
         return True
     if user.op == "output":
         return alias_root(node) is stored
-    return alias_root(user) is stored and all(u in own or _is_for_storage(u, user, stored, own) for u in user.users)
+    return alias_root(user) is stored and all(_is_for_storage(u, user, stored) for u in user.users)
