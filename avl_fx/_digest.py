@@ -298,7 +298,12 @@ def _passes(records: Sequence[GraphRecord]) -> tuple[PassReport, ...]:
 
 
 def _is_lazy(site: SiteReport) -> bool:
-    return site.action.startswith("lazy")
+    return site.anchor is not None and site.reason is None
+
+
+def _has_no_keys(site: SiteReport) -> bool:
+    """Whether queries and keys of its own are neither made nor stored: mode ``gla``."""
+    return site.action.startswith("lazy (")
 
 
 def _savings(
@@ -319,12 +324,35 @@ def _savings(
                 lazy_layers=tuple(sorted({s.layer for s in lazy if s.layer is not None})),
                 linear_before=sum(graph.linear_flops_before * calls for graph, calls in ran),
                 linear_after=sum(graph.linear_flops_after * calls for graph, calls in ran),
-                rope_saved=sum(_rope(s) for s in lazy) if rotates else 0,
+                rope_saved=sum(_rope(s) for s in lazy if _has_no_keys(s)) if rotates else 0,
                 attention=dense,
-                attention_plan_flops=None if dense is None else dense + _partitioning(run.plan, sites, reads),
+                attention_plan_flops=None if dense is None else dense + _planned(run, sites, reads, decoder),
             )
         )
     return tuple(found)
+
+
+def _planned(run: Run, sites: Sequence[SiteReport], reads: DecodeReads | None, decoder: Sequence[SiteReport]) -> float:
+    """FLOPs of attention that the plan adds, or saves where they are negative."""
+    return _partitioning(run.plan, sites, reads) + _inheriting(sites, _cache_length(run, decoder))
+
+
+def _inheriting(sites: Sequence[SiteReport], length: int) -> int:
+    """Logits that a decode step inherits are not computed; a prompt that inherits some computes both, and picks.
+
+    What is partitioned is `_partitioning`'s.
+    """
+    total = 0
+    for site in sites:
+        if site.inherits == "none" or not isinstance(site.batch, int) or not isinstance(site.queries, int):
+            continue
+        keys = site.keys if isinstance(site.keys, int) else length
+        products = attention_flops(site.batch, site.heads, site.queries, keys, site.head_dim, 0)
+        if site.queries > 1:
+            total += products + attention_flops(site.batch, site.heads, site.queries, keys, 0, site.value_dim)
+        elif not is_partitioned(site):
+            total -= products
+    return total
 
 
 def _partitioning(plan: Plan, sites: Sequence[SiteReport], reads: DecodeReads | None) -> float:
@@ -338,7 +366,7 @@ def _partitioning(plan: Plan, sites: Sequence[SiteReport], reads: DecodeReads | 
     return sum(
         scoring_flops(s.batch, s.heads, min(window, s.queries), s.keys, s.head_dim)
         for s in partitioned
-        if not _is_lazy(s)
+        if s.anchor is None and plan.reads_less
         if isinstance(s.batch, int) and isinstance(s.queries, int) and isinstance(s.keys, int)
     )
 
@@ -380,7 +408,7 @@ def _kv(run: Run, decoder: Sequence[SiteReport]) -> KVReport | None:
     sites = [s for s in decoder if run.forwards and s.graph in run.forwards[-1].graphs and s.cache != "none"]
     if not sites:
         return None
-    dropped = tuple(sorted({s.layer for s in sites if _is_lazy(s) and s.layer is not None}))
+    dropped = tuple(sorted({s.layer for s in sites if _has_no_keys(s) and s.layer is not None}))
     length = _cache_length(run, decoder)
     dense = plan = 0
     spare = None
@@ -399,6 +427,6 @@ def _kv(run: Run, decoder: Sequence[SiteReport]) -> KVReport | None:
             stored = kv_bytes(batch, site.kv_heads, keys, site.head_dim, site.value_dim, itemsize)
             dense += stored
             plan += stored
-            if _is_lazy(site) and site.cache != "static":
+            if _has_no_keys(site) and site.cache != "static":
                 plan -= key_bytes(batch, site.kv_heads, keys, site.head_dim, itemsize)
     return KVReport(length, sites[0].dtype, kind, dense, plan, dropped, run.cache is not None, spare)

@@ -13,17 +13,18 @@ from avl_fx.policies import TextPolicy, VisionPolicy
 from avl_fx.reads import PromptRow, mean_over_period, rows_read, text_kept, visual_kept
 from avl_fx.record import DecodeStep, Recorder, Undivided
 from avl_fx.report import DecodeReads, ForwardReport, LayerReads, RowReads, SiteReport, StepCost, StepCosts
-from avl_fx.savings import attention_flops, kv_bytes
+from avl_fx.savings import attention_flops, key_bytes
 
-__all__ = ["decode_reads", "is_partitioned"]
+__all__ = ["decode_reads", "is_partitioned", "step_cost"]
 
 LATER = (256, 1024)
 """Tokens after which the figures are given once more."""
 
 
 def is_partitioned(site: SiteReport) -> bool:
-    """Whether the plan's section ``vision`` or ``text`` was applied to a site."""
-    return "partitioned" in site.action
+    """Whether what a site's decode steps read depends on the state of the cache: under the plan's sections ``vision``
+    and ``text``, and where logits against visual keys are inherited."""
+    return "partitioned" in site.action or site.inherits == "visual"
 
 
 def decode_reads(
@@ -103,11 +104,12 @@ class _Step:
 
     def costs(self, site: SiteReport) -> StepCosts:
         """What the step costs ``site``, whichever kind of step it is."""
-        dense = self._cost(site, [self.keys(site)] * len(self.rows))
+        dense = step_cost(site, self.keys(site) * len(self.rows), 0)
         if not is_partitioned(site):
             return StepCosts(dense, dense if self._has_core_steps else None, dense, dense)
         core, secondary = (
-            self._cost(site, [self._rows_read(row, site, kind) for row in self.rows]) for kind in (False, True)
+            step_cost(site, *map(sum, zip(*(self._rows_read(row, site, kind) for row in self.rows), strict=True)))
+            for kind in (False, True)
         )
         mean = StepCost(
             mean_over_period(core.kv_bytes, secondary.kv_bytes, self.vision),
@@ -129,18 +131,32 @@ class _Step:
         """Whether some steps read core alone."""
         return self.vision is not None and self.vision.refresh > 1
 
-    def _rows_read(self, row: PromptRow, site: SiteReport, secondary: bool) -> int:
+    def _rows_read(self, row: PromptRow, site: SiteReport, secondary: bool) -> tuple[int, int]:
+        """Rows read of one batch row, and those of them whose logits are inherited."""
         number = self.step.number + self.later
-        return rows_read(row, self.keys(site), number, self.vision, self.text, secondary)
+        rows = rows_read(row, self.keys(site), number, self.vision, self.text, secondary)
+        if site.inherits != "visual":
+            return rows, rows if site.inherits == "all" else 0
+        if self.vision is None:
+            return rows, row.visual
+        return rows, visual_kept(row.visual, self.vision.secondary if secondary else self.vision.core)
 
-    @staticmethod
-    def _cost(site: SiteReport, rows: Sequence[int]) -> StepCost:
-        """Of reading so many cache rows for each batch row."""
-        total, itemsize = sum(rows), getattr(torch, site.dtype).itemsize
-        return StepCost(
-            kv_bytes(1, site.kv_heads, total, site.head_dim, site.value_dim, itemsize),
-            attention_flops(1, site.heads, 1, total, site.head_dim, site.value_dim),
-        )
+
+def step_cost(site: SiteReport, rows: int, inherited: int) -> StepCost:
+    """What a decode step costs ``site``.
+
+    Args:
+        site: of one query.
+        rows: cache rows that are read, over the batch.
+        inherited: those of them whose logit is its anchor's: no key is read and multiplied, but a float32 number for
+            each query head is read.
+    """
+    itemsize = getattr(torch, site.dtype).itemsize
+    keys = key_bytes(1, site.kv_heads, rows - inherited, site.head_dim, itemsize)
+    values = key_bytes(1, site.kv_heads, rows, site.value_dim, itemsize)
+    products = attention_flops(1, site.heads, 1, rows - inherited, site.head_dim, 0)
+    sums = attention_flops(1, site.heads, 1, rows, 0, site.value_dim)
+    return StepCost(keys + values + inherited * site.heads * torch.float32.itemsize, products + sums)
 
 
 def _sum(costs: Sequence[StepCosts]) -> StepCosts:

@@ -27,13 +27,23 @@ def render_reads(report: Report, reads: DecodeReads) -> list[RenderableType]:
         parts.append(cell(f"The cache was not partitioned: {reads.undivided}.", "yellow"))
     if reads.total is not None:
         parts += [_table(reads, reads.total), _facts(reads)]
-        if any(phase.phase == "decode" and phase.lazy_layers for phase in report.savings):
-            parts.append(cell("Lazy layers multiply their anchor's keys again: they read as many rows as others."))
+        parts += [cell(line) for line in _inheritance(report)]
         if any(site.device == "cuda" for site in report.sites):
             parts.append(cell("On a GPU refreshes and steps under a text window go over the keys twice: not counted."))
     if reads.steps:
         parts.append(cell(_steps(reads), "yellow" if "all" in reads.steps else ""))
     return parts
+
+
+def _inheritance(report: Report) -> Iterable[str]:
+    """What lazy layers read in decode steps."""
+    ways = {s.inherits for s in report.sites if s.anchor is not None and s.queries == 1 and s.reason is None}
+    if "all" in ways:
+        yield "Lazy layers take their anchor's logits, a float32 number for each query head, and read no keys."
+    if "visual" in ways:
+        yield "Lazy layers take their anchor's logits against visual keys, a float32 number for each query head."
+    if "none" in ways:
+        yield "Lazy layers multiply keys again: they read as many rows as others."
 
 
 def _table(reads: DecodeReads, total: StepCosts) -> Table:

@@ -20,7 +20,7 @@ from avl_fx.passes.context import PassContext
 from avl_fx.passes.nodes import alias_root, arg, hint, op, shape
 from avl_fx.passes.pipeline import run_stages
 from avl_fx.passes.share_queries import decoder_sites
-from avl_fx.passes.site import Status
+from avl_fx.passes.site import Site, Status
 from avl_fx.record import GraphRecord, active_recorder
 from avl_fx.runtime import CompiledGraph
 
@@ -170,12 +170,17 @@ def _dense_keys(gm: fx.GraphModule, ctx: PassContext) -> tuple[tuple[int, int | 
     inputs = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     found: dict[int, int | None] = {}
     for site in ctx.sites:
-        if site.role != "decoder" or site.cache == "none" or site.node is None or site.action.startswith("lazy"):
+        if site.role != "decoder" or site.cache == "none" or site.node is None or _reads_no_own_keys(site, ctx):
             continue
         for source in _cached_inputs(site.node):
             if source in inputs:
                 found.setdefault(inputs[source], site.layer)
     return tuple(sorted(found.items(), key=lambda item: item[0]))
+
+
+def _reads_no_own_keys(site: Site, ctx: PassContext) -> bool:
+    policy = ctx.plan.lazy_policy
+    return site.anchor is not None and policy is not None and policy.mode == "gla"
 
 
 def _past_rows(gm: fx.GraphModule) -> tuple[int, ...]:
@@ -189,9 +194,11 @@ def _past_rows(gm: fx.GraphModule) -> tuple[int, ...]:
 def _cached_inputs(attention: fx.Node) -> list[fx.Node]:
     if op(attention) in ("contiguous", "getitem"):  # what lowering put behind the attention itself
         attention = attention.args[0]  # type: ignore[assignment]
-    if len(attention.args) < 2 or not isinstance(attention.args[1], fx.Node):
+    place = 2 if op(attention) == "inherited_decode" else 1
+    key = attention.args[place] if len(attention.args) > place else None
+    if not isinstance(key, fx.Node):
         return []
-    root = alias_root(attention.args[1])
+    root = alias_root(key)
     if op(root) == "cat":
         return [alias_root(n) for n in root.args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
     return [root]

@@ -24,6 +24,7 @@ __all__ = [
     "given",
     "given_as_before",
     "given_keys",
+    "given_rows",
     "modality_ids",
     "pop_given",
     "push_given",
@@ -121,6 +122,28 @@ def given_keys(queries: int, keys: int) -> int | None:
         found.first = keys - queries
     first = found.first or 0
     return first if first + width <= keys else None
+
+
+def given_rows(queries: int, past: int | None) -> Tensor | None:
+    """Those of the given positions that the forward of ``queries`` tokens behind ``past`` others has.
+
+    Returns:
+        bool ``[batch, queries]``; ``None``: nothing is given, or where they start is not known.
+    """
+    found = _given.get()
+    if found is None:
+        return None
+    width = found.visual.shape[1]
+    if found.first is None and queries == width:
+        found.first = past
+        return found.visual
+    if past is None:
+        return None
+    start = past - (found.first or 0)
+    if start < 0:
+        return None
+    rows = found.visual[:, start : start + queries]
+    return torch.nn.functional.pad(rows, (0, queries - rows.shape[1]))
 
 
 def push_given(visual: Tensor | None) -> Token[_Given | None] | None:

@@ -31,7 +31,7 @@ from avl_fx.record import Undivided, note_division
 from avl_fx.stored_rows import StoredRows
 from avl_fx.text_window import TextWindow
 
-__all__ = ["Partition", "everything", "find_partition", "state_of"]
+__all__ = ["Partition", "everything", "find_partition", "ranges_of", "state_of"]
 
 log = logging.getLogger("avl_fx")
 
@@ -207,6 +207,12 @@ class Partition:
         before = [(start, min(end, cut)) for start, end in ranges if start < cut]
         behind = [(max(start, cut), end) for start, end in visual if end > cut]
         return [*before, *behind, (self.length, _END)]
+
+    @property
+    def visual_segments(self) -> Tensor | None:
+        """All visual rows; int64 ``[B, MAX_SEGMENTS, 2]``. ``None``: more ranges in a batch row than that."""
+        runs = _runs(self.slots, (self.slots >= 0).sum(1))
+        return None if max(map(len, runs)) > MAX_SEGMENTS else _segments(runs).to(self.slots.device)
 
     # ---- moving rows -----------------------------------------------------------------------------------------------
 
@@ -503,9 +509,19 @@ def _runs(slots: Tensor, keep: Tensor) -> Ranges:
     return runs
 
 
+def ranges_of(flags: Tensor) -> Tensor | None:
+    """bool ``[B, positions]`` as ranges int64 ``[B, MAX_SEGMENTS, 2]``; ``None``: more of them in a batch row."""
+    steps = torch.nn.functional.pad(flags.cpu().to(torch.int8), (1, 1)).diff(dim=1)
+    starts, ends = [[row.nonzero().flatten().tolist() for row in steps == sign] for sign in (1, -1)]
+    if max(map(len, starts), default=0) > MAX_SEGMENTS:
+        return None
+    return _segments([list(zip(*row, strict=True)) for row in zip(starts, ends, strict=True)])
+
+
 def _segments(ranges: Ranges) -> Tensor:
     """As `avl::partitioned_decode` takes them; int64 ``[B, MAX_SEGMENTS, 2]``."""
     segments = torch.zeros(len(ranges), MAX_SEGMENTS, 2, dtype=torch.int64)
     for row, pairs in enumerate(ranges):
-        segments[row, : len(pairs)] = torch.tensor([(start, end - start) for start, end in pairs], dtype=torch.int64)
+        lengths = [(start, end - start) for start, end in pairs]
+        segments[row, : len(pairs)] = torch.tensor(lengths, dtype=torch.int64).view(-1, 2)
     return segments

@@ -34,7 +34,7 @@ __all__ = ["PartitionRuntime"]
 log = logging.getLogger("avl_fx")
 
 EVERYTHING = VisionPolicy(core=1.0, secondary=1.0, refresh=0)
-"""For plans that leave out text only."""
+"""For plans that leave out text only, or nothing and inherit logits against visual keys."""
 
 _names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Weight -> the name of its model: a cache, which is copied and pickled, cannot hold on to the weight itself."""
@@ -50,7 +50,7 @@ class PartitionRuntime:
     compact: bool
     layers: tuple[PartitionedLayer, ...]
     returned: int
-    """Outputs beyond the model's own: the scores of each layer that owns keys, then as the next two say."""
+    """Outputs beyond the model's own: the scores of each layer that is scored, then as the next two say."""
     has_positions: bool
     has_last_mask: bool
     weight: int | None
@@ -99,6 +99,15 @@ class PartitionRuntime:
             return everything(first, weigh=given() is not None)
         return partition.segments, everything(first, weigh=partition.weighs)[1]
 
+    def tokens(self, args: Sequence[Any], partition: Partition | None) -> int | None:
+        """Tokens in the cache before this call; ``None`` where only the graph knows."""
+        if partition is not None:
+            return partition.length if partition.stored is None else partition.stored.length
+        key = next(layer.key for layer in self.layers if layer.key is not None)
+        if key.after is None:
+            return None
+        return 0 if key.before is None else args[key.before].shape[2]
+
     # ---- after the call --------------------------------------------------------------------------------------------
 
     def finish(
@@ -119,7 +128,7 @@ class PartitionRuntime:
             partition: what `state` said before the call.
         """
         rest = list(returned)
-        scores = {layer.layer: rest.pop(0) for layer in self.layers if layer.key is not None}
+        scores = {layer.layer: rest.pop(0) for layer in self.layers if layer.scored}
         positions = rest.pop(0) if self.has_positions else None
         last_mask = rest.pop(0) if self.has_last_mask else None
         keys = {layer.layer: self._after(args, outputs, layer.key) for layer in self.layers if layer.key is not None}
@@ -218,7 +227,7 @@ class PartitionRuntime:
         partition.model = self._model(args)
         partition.to(next(iter(keys.values())).device)
         for layer in self.layers:
-            if layer.key is not None and not self.policy.is_identity:
+            if layer.decides and not self.policy.is_identity:
                 order = partition.first_order(layer.layer, scores[layer.layer])
                 self._move(layer, order, args, outputs)
         self._forget(partition, args, outputs, scores, appended=False)
@@ -263,7 +272,7 @@ class PartitionRuntime:
     ) -> Partition:
         if partition.refreshes and not self.policy.is_identity:
             for layer in self.layers:
-                if layer.key is not None:
+                if layer.decides:
                     order = partition.next_order(layer.layer, scores[layer.layer])
                     if order is not None:
                         self._move(layer, order, args, outputs)
@@ -287,7 +296,7 @@ class PartitionRuntime:
         moves = partition.close_ranks()
         if moves is not None:
             for layer in self.layers:
-                if layer.key is not None:
+                if layer.decides:
                     self._move(layer, moves, args, outputs)
         for position in self._positions():
             outputs[position] = shorter(outputs[position], partition.length)
@@ -303,7 +312,7 @@ class PartitionRuntime:
         if partition.text is None:
             return
         for layer in self.layers:
-            if layer.key is not None:
+            if layer.decides:
                 order = partition.text.forget(layer.layer, scores[layer.layer], appended)
                 if order is not None:
                     device = scores[layer.layer].device
@@ -313,7 +322,7 @@ class PartitionRuntime:
     def _move(
         self, anchor: PartitionedLayer, order: tuple[Tensor, Tensor], args: Sequence[Any], outputs: Sequence[Any]
     ) -> None:
-        """Reorder the rows of ``anchor`` and of the lazy layers that read its keys."""
+        """Reorder the rows of ``anchor`` and of the lazy layers that follow it."""
         source, slots = order
         for layer in self.layers:
             if layer.scores_from == anchor.layer:

@@ -22,7 +22,11 @@ from avl_fx.policies import LazyPolicy, PrefillFilter, TextPolicy, VisionPolicy
 
 __all__ = ["EXECUTED", "PRESETS", "LazyPolicy", "Plan", "PlanSpec", "PrefillFilter", "TextPolicy", "VisionPolicy"]
 
-EXECUTED: Mapping[str, frozenset[str] | None] = {"lazy": frozenset({"gla"}), "vision": None, "text": None}
+EXECUTED: Mapping[str, frozenset[str] | None] = {
+    "lazy": frozenset({"gla", "vla", "vla_scores"}),
+    "vision": None,
+    "text": None,
+}
 """What this version executes besides identity plans: section -> its modes (``None``: the whole section).
 
 `Plan.check_supported` refuses everything else; extend this table when a pass learns to execute more.
@@ -218,6 +222,17 @@ class Plan(FrozenModel):
     def reads_less(self) -> bool:
         """Whether decode steps leave out keys: a section ``vision`` or ``text`` says so."""
         return self.text_window is not None or not (self.vision_policy is None or self.vision_policy.is_identity)
+
+    @property
+    def inherits_scores(self) -> bool:
+        """Whether lazy layers inherit logits against visual keys: mode ``vla_scores``."""
+        policy = self.lazy_policy
+        return policy is not None and policy.mode == "vla_scores" and not policy.is_identity
+
+    @property
+    def tracks_visual(self) -> bool:
+        """Whether steps depend on which rows of the cache are visual, or text that has left."""
+        return self.reads_less or self.inherits_scores
 
     @property
     def is_identity(self) -> bool:

@@ -54,7 +54,11 @@ def _sorted_blocks(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
 class LazyPolicy(FrozenModel):
     """Blocks of decoder layers whose later layers inherit from the first (Q Cache, arXiv 2602.01901).
 
-    Layers count from 0 within the language decoder; both ends of a block belong to it.
+    Layers count from 0 within the language decoder; both ends of a block belong to it. What a lazy layer inherits:
+
+    ``gla``: queries and keys; its own are neither computed nor stored.
+    ``vla``: queries and keys at visual positions.
+    ``vla_scores``: logits against visual keys; one softmax covers these and its own against text.
     """
 
     blocks: Annotated[tuple[Block, ...], BeforeValidator(_pairs), AfterValidator(_sorted_blocks)] = Field(

@@ -73,6 +73,10 @@ class SiteReport:
     action: str
     reason: str | None
     detail: str
+    anchor: int | None = None
+    """The layer that a lazy one inherits from."""
+    inherits: str = "none"
+    """Which logits it takes from its anchor: ``none``, ``all``, or ``visual``, those against visual keys."""
 
 
 @dataclass(frozen=True)

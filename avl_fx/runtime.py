@@ -18,6 +18,7 @@ from avl_fx.partition_runtime import PartitionRuntime
 from avl_fx.passes.context import DroppedKeys, PassContext
 from avl_fx.record import DecodeStep, GraphRecord, active_recorder
 from avl_fx.row_order import as_entered
+from avl_fx.visual_calls import VisualCalls
 
 __all__ = ["CompiledGraph"]
 
@@ -44,6 +45,7 @@ class CompiledGraph:
     compact: CompactCalls | None = None
     partition: PartitionRuntime | None = None
     takes_ranges: bool = False
+    visual: VisualCalls | None = None
     past: Sequence[int] = ()
     """Input positions of the keys and values of dynamic caches."""
     observed: ObservedGraph | None = None
@@ -74,6 +76,7 @@ class CompiledGraph:
             compact=None if ctx.compact is None else CompactCalls.of(ctx.compact),
             partition=partition,
             takes_ranges=ctx.ranges is not None,
+            visual=None if ctx.visual_inputs is None else VisualCalls.of(ctx.visual_inputs),
             past=past,
             observed=None if ctx.observed is None else ObservedGraph.of(ctx.observed, record),
         )
@@ -91,7 +94,8 @@ class CompiledGraph:
             args = as_entered(args, self.past)
         ranges = self._ranges(args, state)
         inputs = args if self.growing is None else self.growing.before(args)
-        outputs = list(self.compiled(*inputs, *columns, *ranges))
+        new, past = self._visual_ranges(args, state)
+        outputs = list(self.compiled(*inputs, *columns, *new, *ranges, *past))
         rows = _taken_off(outputs, 0 if self.observed is None else self.observed.returned)
         returned = _taken_off(outputs, 0 if self.partition is None else self.partition.returned)
         visual = outputs.pop() if self.returns_visual else None
@@ -118,6 +122,18 @@ class CompiledGraph:
             return self.partition.inputs(args, state)
         assert self.growing is not None
         return everything(args[self.growing.tensors[0].before])
+
+    def _visual_ranges(
+        self, args: Sequence[Any], state: Partition | None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Which positions are visual, where the graph asks: of this forward, and of the cache before it."""
+        if self.visual is None:
+            return (), ()
+        if self.partition is not None:
+            tokens = self.partition.tokens(args, state)
+        else:
+            tokens = args[self.past[0]].shape[2] if self.past else None
+        return self.visual.new(args, tokens), self.visual.past(args, state)
 
     def _mark_dropped(self, outputs: list[Any]) -> None:
         for drop in self.dropped:

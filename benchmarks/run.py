@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from benchmarks import compact_cache, decode, grouped_attention, partitioned_attention, pass_overhead
+from benchmarks import compact_cache, decode, grouped_attention, lazy_layers, partitioned_attention, pass_overhead
 from benchmarks._report import console
 
 
@@ -18,6 +18,7 @@ def main() -> None:
     pass_overhead.main()
     decode.main()
     compact_cache.main()
+    lazy_layers.main()
 
 
 if __name__ == "__main__":

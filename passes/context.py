@@ -23,6 +23,7 @@ __all__ = [
     "PartitionedLayer",
     "PassContext",
     "StoredTensor",
+    "VisualInputs",
     "VisualSource",
 ]
 
@@ -52,6 +53,29 @@ class VisualSource:
     """``discovered`` in this graph, ``carried`` from an earlier graph, or ``given`` by the user or the hook."""
     node: fx.Node | None
     """A boolean mask ``[batch, sequence]`` in the graph; ``None`` unless discovered."""
+
+
+Size = int | tuple[int, int | None]
+"""A size of a graph's inputs: a number, or the position of an input that has it, and which of its dimensions (``None``:
+the input is the number)."""
+
+
+@dataclass
+class VisualInputs:
+    """The inputs of a graph that say which positions are visual; each int64 ``[batch, MAX_SEGMENTS, 2]``, ranges as
+    (start, length)."""
+
+    batch: Size | None
+    queries: Size | None
+    starts: bool
+    """Whether no cache was there before."""
+    new: fx.Node | None = None
+    """Of this forward's positions, counted from its first; ``None`` where the graph itself shows them, or nobody asks.
+    """
+    past: fx.Node | None = None
+    """Of the keys that were in the cache before."""
+    flags: fx.Node | None = None
+    """This forward's visual positions in the graph, bool ``[batch, queries]``."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +150,15 @@ class PartitionedLayer:
     """``None``: a lazy layer, which reads its anchor's keys."""
     value: CachedTensor
     weights: fx.Node | None = None
-    """Scores (prompt) or softmax rows (decode), float32 ``[batch, kv_heads, keys]``; ``None`` for a lazy layer."""
+    """Scores (prompt) or softmax rows (decode), float32 ``[batch, kv_heads, keys]``; ``None`` where nothing is decided.
+    """
+    scored: bool = False
+    """Whether the graph returns `weights`."""
+
+    @property
+    def decides(self) -> bool:
+        """Whether which keys matter is decided here; a lazy layer follows its anchor."""
+        return self.scores_from == self.layer
 
 
 @dataclass
@@ -211,6 +243,7 @@ class PassContext:
     compact: CompactRows | None = None
     partition: PartitionIO | None = None
     ranges: KeyRanges | None = None
+    visual_inputs: VisualInputs | None = None
     spare_rows: bool = True
     """Whether rows may be stored behind the end of an input; not where inputs are copied first (CUDA graphs)."""
     growing: list[GrowingTensor] = field(default_factory=list)

@@ -1,81 +1,83 @@
-"""Stage 8: in a decode step the anchor of a lazy block hands on its logits, and lazy layers read no keys.
+"""Stage 9: lazy layers take logits that their anchor has computed.
 
-`share_queries` let a lazy layer attend with its anchor's query and keys. Their product is the same in every layer of
-the block, so the anchor (`avl::anchor_decode`) keeps it, one number for each query head and key, and the others
-(`avl::inherited_decode`) read that and their values: a step of a lazy layer costs half of what it cost.
-
+*Decode, mode* ``gla``. `share_queries` let a lazy layer attend with its anchor's query and keys. Their product is the
+same in every layer of the block, so the anchor (`avl::anchor_decode`) keeps it, one number for each query head and key,
+and the others (`avl::inherited_decode`) read that and their values: a step of a lazy layer costs half of what it cost.
 It applies where the earlier stages brought a whole block to `avl::partitioned_decode`, which they do where that pays.
 On a GPU nothing else has to speak for it, so there the block is brought here.
+
+*Mode* ``vla_scores``. Logits against visual keys are the anchor's, those against text keys the layer's own, and one
+softmax covers both. A decode step does the same as above, and names the keys that are inherited. A prompt puts both
+pairs of queries and keys beside each other: keys are zero in the half that is not theirs, so one product of twice the
+head dim gives each logit from the right pair, and a fused kernel can do it.
 """
 
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 # Importing the operators registers them.
 from avl_fx.kernels import inherited_decode as _inherited_decode  # noqa: F401
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.nodes import op
 from avl_fx.passes.read_ranges import attending, decodes, read_everything
-from avl_fx.passes.rewrite import insert_call, remove_dead
-from avl_fx.passes.share_queries import decoder_sites, same_value
-from avl_fx.passes.site import PassResult, Site, Status
+from avl_fx.passes.rewrite import insert_call, insert_traced, remove_dead
+from avl_fx.passes.share_queries import lazy_blocks, same_value
+from avl_fx.passes.site import PassResult, Reason, Site
+from avl_fx.passes.visual_inputs import key_flags, past_ranges
 
 __all__ = ["inherit_scores"]
 
+_ATTENTION = torch.ops.avl.attention.default
 _DECODE = torch.ops.avl.partitioned_decode.default
 _QUERY, _KEY, _VALUE, _NEW_KEY, _NEW_VALUE, _MASK, _SEGMENTS, _WEIGH, _SCALE = range(9)
 
 
 def inherit_scores(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Let the lazy sites of one query read their anchor's logits."""
+    """Let lazy sites read their anchor's logits: all of them, or those against visual keys."""
     result = PassResult("inherit_scores")
-    if ctx.plan.lazy_policy is None:
+    policy = ctx.plan.lazy_policy
+    if policy is None or policy.mode == "vla":
         return result
-    for anchor, lazy in _blocks(ctx):
-        if all(site.device != "cpu" and decodes(site) for site in (anchor, *lazy)):
-            for site in (anchor, *lazy):
-                read_everything(site)
-        theirs = attending(anchor)
-        heirs = [site for site in lazy if _same_logits(attending(site), theirs)]
-        if theirs.target is not _DECODE or not heirs:
-            continue
-        logits = _hand_on(theirs)
-        for site in heirs:
-            _inherit(site, logits)
-            result.count += 1
+    for anchor, lazy in lazy_blocks(ctx):
+        if policy.mode == "gla":
+            _inherit_all(anchor, lazy, result)
+        else:
+            _inherit_visual(gm, ctx, anchor, lazy, result)
     remove_dead(gm.graph, ctx.initially_unused, keep=ctx.keep())
     return result
 
 
-def _blocks(ctx: PassContext) -> list[tuple[Site, list[Site]]]:
-    """Anchors with their lazy sites, as `share_queries` made them."""
-    policy = ctx.plan.lazy_policy
-    assert policy is not None
-    by_layer: dict[tuple[str | None, int], Site] = {}
-    lazy: dict[tuple[str | None, int], list[Site]] = defaultdict(list)
-    for site in decoder_sites(ctx):
-        if site.node is None or site.layer is None or site.status is Status.REFUSED:
-            continue
-        if site.action.startswith("lazy"):
-            anchor = policy.anchor_of(site.layer)
-            assert anchor is not None
-            lazy[site.tower, anchor].append(site)
-        elif site.action.startswith("anchor"):
-            by_layer[site.tower, site.layer] = site
-    return [(by_layer[at], sites) for at, sites in lazy.items() if at in by_layer]
+# ---- all logits (gla) ------------------------------------------------------------------------------------------------
 
 
-def _same_logits(node: fx.Node, anchor: fx.Node) -> bool:
-    """Whether two nodes attend with one query to the same keys, and with the same mask."""
+def _inherit_all(anchor: Site, lazy: list[Site], result: PassResult) -> None:
+    if all(site.device != "cpu" and decodes(site) for site in (anchor, *lazy)):
+        for site in (anchor, *lazy):
+            read_everything(site)
+    theirs = attending(anchor)
+    shared = (_QUERY, _KEY, _NEW_KEY, _SEGMENTS)
+    heirs = [site for site in lazy if _decode_alike(attending(site), theirs, shared)]
+    if heirs:
+        logits = _hand_on(theirs)
+        for site in heirs:
+            arguments: tuple[Any, ...] = attending(site).args
+            # Keys that are not read or that the mask hides have logits of -inf.
+            values = arguments[_VALUE], None, arguments[_NEW_VALUE], None, arguments[_SEGMENTS], None
+            _take(site, logits, None, None, *values)
+            site.inherits = "all"
+            result.count += 1
+
+
+def _decode_alike(node: fx.Node, anchor: fx.Node, shared: tuple[int, ...]) -> bool:
+    """Whether two decode steps share the arguments ``shared``, the scale and the mask."""
     if node.target is not _DECODE or anchor.target is not _DECODE:
         return False
-    same = all(node.args[i] is anchor.args[i] for i in (_QUERY, _KEY, _NEW_KEY, _SEGMENTS))
+    same = all(node.args[i] is anchor.args[i] for i in shared)
     return same and node.args[_SCALE] == anchor.args[_SCALE] and same_value(node.args[_MASK], anchor.args[_MASK])
 
 
@@ -87,16 +89,57 @@ def _hand_on(node: fx.Node) -> fx.Node:
     return insert_call(kept.next, operator.getitem, kept, 2)
 
 
-def _inherit(site: Site, logits: fx.Node) -> None:
+def _take(site: Site, logits: fx.Node, *arguments: Any) -> None:
+    """Let ``site`` attend with ``logits``; ``arguments`` as of `avl::inherited_decode`, from the query on."""
     node = attending(site)
-    arguments: tuple[Any, ...] = node.args
-    # Keys that are not read or that the mask hides have logits of -inf.
-    out = insert_call(
-        node,
-        torch.ops.avl.inherited_decode.default,
-        *(logits, None, None, arguments[_VALUE], None, arguments[_NEW_VALUE], None, arguments[_SEGMENTS], None),
-        arguments[_SCALE],
-    )
+    out = insert_call(node, torch.ops.avl.inherited_decode.default, logits, *arguments, node.args[_SCALE])
     for part in [user for user in node.users if op(user) == "getitem" and user.args[1] == 0]:
         part.replace_all_uses_with(out)
     site.node = out
+
+
+# ---- logits against visual keys (vla_scores) -------------------------------------------------------------------------
+
+
+def _inherit_visual(gm: fx.GraphModule, ctx: PassContext, anchor: Site, lazy: list[Site], result: PassResult) -> None:
+    heirs = [site for site in lazy if _decode_alike(attending(site), attending(anchor), (_SEGMENTS,))]
+    if heirs:
+        inherited, added = past_ranges(gm, ctx)
+        result.new_inputs += added
+        if inherited is None:
+            for site in heirs:
+                result.refuse(site, Reason.VISUAL_UNKNOWN)
+            return
+        logits = _hand_on(attending(anchor))
+        for site in heirs:
+            query, key, value, new_key, new_value, mask, segments, _, _ = attending(site).args
+            _take(site, logits, query, key, value, new_key, new_value, mask, segments, inherited)
+            site.inherits = "visual"
+            result.count += 1
+    for site in lazy:
+        if site not in heirs:
+            _inherit_prompt(gm, ctx, site, anchor, result)
+
+
+def _inherit_prompt(gm: fx.GraphModule, ctx: PassContext, site: Site, anchor: Site, result: PassResult) -> None:
+    node, theirs = site.node, anchor.node
+    if node is None or theirs is None or node.target is not _ATTENTION or theirs.target is not _ATTENTION:
+        result.refuse(site, Reason.ANCHOR_GEOMETRY, "its anchor attends by another kernel")
+        return
+    flags, added = key_flags(gm, ctx, site)
+    result.new_inputs += added
+    if flags is None:
+        result.refuse(site, Reason.VISUAL_UNKNOWN)
+        return
+    query = insert_call(node, torch.cat, [node.args[_QUERY], theirs.args[_QUERY]], -1)
+    key = insert_traced(node, _beside, flags, node.args[_KEY], theirs.args[_KEY])
+    node.update_arg(_QUERY, query)
+    node.update_arg(_KEY, key)
+    site.inherits = "visual"
+    result.count += 1
+
+
+def _beside(flags: Tensor, own: Tensor, theirs: Tensor) -> Tensor:
+    """Keys ``[batch, kv_heads, keys, 2 * head_dim]``: ``own`` without those at ``flags``, ``theirs`` at them alone."""
+    visual = flags[:, None, :, None]
+    return torch.cat([own.masked_fill(visual, 0.0), theirs.masked_fill(torch.logical_not(visual), 0.0)], -1)

@@ -100,13 +100,15 @@ def _operands(mask: Any) -> list[fx.Node]:
 
 
 def _row_mask(gm: fx.GraphModule, masks: list[fx.Node]) -> fx.Node:
-    """Union of ``masks`` as ``[batch, sequence]``, inserted before the output."""
-    output = next(n for n in gm.graph.nodes if n.op == "output")
+    """Union of ``masks`` as ``[batch, sequence]``, inserted as early as can be: layers behind them may use it."""
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    last = [n for n in gm.graph.nodes if n in masks][-1]
+    before = inputs[-1].next if last.op == "placeholder" else last.next
     union: fx.Node | None = None
     for mask in masks:
         row = mask
         if len(shape(mask) or ()) == 3:
-            row = insert_call(output, operator.getitem, mask, (slice(None), slice(None), 0))
-        union = row if union is None else insert_call(output, torch.logical_or, union, row)
+            row = insert_call(before, operator.getitem, mask, (slice(None), slice(None), 0))
+        union = row if union is None else insert_call(before, torch.logical_or, union, row)
     assert union is not None
     return union

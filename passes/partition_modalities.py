@@ -1,4 +1,4 @@
-"""Stage 5: decode reads the text and the visual keys that matter only (A-VL, arXiv 2409.14846, sections 4.1 to 4.3).
+"""Stage 6: decode reads the text and the visual keys that matter only (A-VL, arXiv 2409.14846, sections 4.1 to 4.3).
 
 A graph of several queries (a prompt, a later turn) stays dense. For each site it returns one row of scores more: how
 much its last queries attended to each key. Between calls the runtime picks core and secondary from it and *reorders the
@@ -8,6 +8,9 @@ A graph of one query (a decode step) attends through `avl::partitioned_decode`, 
 additional input names. Which ranges those are (everything, text and core, text and secondary) is data: one graph serves
 every step, nothing is compiled anew, and where the state of the cache is unknown the range is everything, which is
 exact.
+
+A plan whose lazy layers inherit logits against visual keys (mode ``vla_scores``) needs to know where those keys are,
+and nothing else: nothing is scored then, and no row moves.
 """
 
 from __future__ import annotations
@@ -37,17 +40,21 @@ _SAME_TENSOR = frozenset({"detach", "alias"})
 
 
 def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Apply ``ctx.plan``'s sections ``vision`` and ``text`` to the decoder's sites."""
+    """Apply ``ctx.plan``'s sections ``vision`` and ``text`` to the decoder's sites; keep track of visual keys."""
     result = PassResult("partition_modalities")
-    if not ctx.plan.reads_less:
+    if not ctx.plan.tracks_visual:
         return result
     window = 1 if ctx.plan.vision_policy is None else ctx.plan.vision_policy.scoring_window
     layers: list[tuple[Site, PartitionedLayer]] = []
     by_key: dict[fx.Node, Site] = {}
     for site in decoder_sites(ctx):
-        if site.node is None or site.status is Status.REFUSED:
+        if site.node is None or site.status is Status.REFUSED or not (ctx.plan.reads_less or _in_block(site)):
             continue
-        outcome = _understand(gm, site, by_key, layers[0][0] if layers else site)
+        outcome = _understand(gm, site, by_key, layers)
+        if not isinstance(outcome, PartitionedLayer) and outcome[0] is Reason.NO_CACHE:
+            if not (ctx.plan.inherits_scores and _in_block(site)):  # prompts inherit without a cache, too
+                result.refuse(site, *outcome)
+            continue
         if isinstance(outcome, PartitionedLayer):
             layers.append((site, outcome))
             by_key.setdefault(site.node.args[_KEY], site)  # type: ignore[arg-type]
@@ -69,14 +76,15 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result.new_inputs = take_ranges(gm, ctx, layers[0][0])
     words = f"partitioned: {_in_words(ctx.plan)}" if decode else "then partitioned"
     for site, layer in layers:
-        inherits = layer.scores_from != layer.layer
+        layer.scored = layer.decides and ctx.plan.reads_less
         if decode:
             weights = read_ranges(site, ctx)
-            layer.weights = None if inherits else weights
-        elif not inherits:
+            layer.weights = weights if layer.scored else None
+        elif layer.scored:
             layer.weights = _score(site, io, window)
         site.status = Status.REWRITTEN
-        site.action = words if decode and site.action == "dense" else f"{site.action}, {words}"
+        if ctx.plan.reads_less:
+            site.action = words if decode and site.action == "dense" else f"{site.action}, {words}"
         result.count += 1
     ctx.partition = io
     remove_dead(gm.graph, ctx.initially_unused, keep=ctx.keep())
@@ -97,13 +105,18 @@ def _in_words(plan: Plan) -> str:
     return ", ".join(parts)
 
 
+def _in_block(site: Site) -> bool:
+    return site.anchor is not None or site.action == "anchor"
+
+
 def _understand(
-    gm: fx.GraphModule, site: Site, by_key: dict[fx.Node, Site], first: Site
+    gm: fx.GraphModule, site: Site, by_key: dict[fx.Node, Site], layers: list[tuple[Site, PartitionedLayer]]
 ) -> PartitionedLayer | tuple[Reason, str]:
     """Where the runtime finds keys and values of ``site`` before and after a call; or why it is not partitioned.
 
-    Whether the prompt sees all visual keys is asked of the ``first`` site alone, so all have to share its mask.
+    Whether the prompt sees all visual keys is asked of the first of ``layers`` alone, so all have to share its mask.
     """
+    first = layers[0][0] if layers else site
     assert site.node is not None
     assert first.node is not None
     if site.kind != "full":
@@ -122,6 +135,11 @@ def _understand(
     if stored_value is None or (stored_key is None and anchor is None):
         return Reason.NOT_THE_CACHE, "keys" if stored_value is not None else "values"
     scores_from = site.layer if anchor is None else anchor.layer
+    if site.anchor is not None:
+        # Lazy layers with keys of their own follow their anchor, too: its logits are of the rows as they lie there.
+        if site.anchor not in (layer.layer for _, layer in layers):
+            return Reason.ANCHOR_REFUSED, ""
+        scores_from = site.anchor
     assert scores_from is not None
     return PartitionedLayer(site.layer, scores_from, stored_key, stored_value)
 

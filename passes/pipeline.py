@@ -21,6 +21,7 @@ from avl_fx.passes.read_once import read_once
 from avl_fx.passes.resolve_rows import resolve_rows
 from avl_fx.passes.share_queries import share_queries
 from avl_fx.passes.site import PassResult
+from avl_fx.passes.substitute_visual import substitute_visual
 from avl_fx.passes.verify import GraphFacts, verify
 
 __all__ = ["STAGES", "run_stages"]
@@ -33,10 +34,11 @@ STAGES: tuple[Pass, ...] = (
     observe_attention,  # calibration: a prompt also returns the attention rows of its last query
     resolve_rows,  # a compact cache: the rows that are there for those that the model believes in
     share_queries,  # lazy blocks inherit queries and keys; dead projections and key writes go
+    substitute_visual,  # or inherit them at visual positions
     partition_modalities,  # decode reads text and core; the rest of the visual keys is skipped
     append_in_place,  # a growing cache is not copied at each step
     read_once,  # what else a decode step attends to on a CPU, one pass over its keys
-    inherit_scores,  # decode: lazy layers take their anchor's logits, and read no keys
+    inherit_scores,  # lazy layers take their anchor's logits: decode steps read no keys, or none that are visual
     lower,  # canonical nodes -> operators Inductor knows
     narrow_linears,  # linear layers on a few rows read their weight once
     finish_outputs,  # outputs as the runtime expects them

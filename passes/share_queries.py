@@ -1,11 +1,14 @@
-"""Stage 4: lazy layers read their anchor's queries and keys (Q Cache, arXiv 2602.01901, mode ``gla``).
+"""Stage 4: which layers are lazy, and what they read of their anchor (Q Cache, arXiv 2602.01901).
 
-In a lazy block the first layer is the anchor. Every other layer keeps its own values, mask and output projection, but
-attends with the anchor's query and key. What only fed its own query and key (projections, norms, RoPE, the key write of
-its cache) is then dead and removed.
+In a lazy block the first layer is the anchor. Every other layer keeps its own values, mask and output projection. In
+mode ``gla`` it attends with the anchor's query and key. What only fed its own query and key (projections, norms, RoPE,
+the key write of its cache) is then dead and removed.
 
-The keys of a lazy layer are *not stored*. Where the graph returned them, the rewritten graph returns nothing and the
+The keys of such a layer are *not stored*. Where the graph returned them, the rewritten graph returns nothing and the
 runtime puts a marker (see `avl_fx.dropped_keys`); where it wrote them into a static buffer, the write goes.
+
+In the modes ``vla`` and ``vla_scores`` a lazy layer inherits at visual positions only. This stage says which layers
+may; `substitute_visual` and `inherit_scores` rewrite them.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from avl_fx.passes.nodes import alias_root, mutated_input
 from avl_fx.passes.rewrite import remove_dead
 from avl_fx.passes.site import PassResult, Reason, Site, Status
 
-__all__ = ["DECODER_ROLES", "decoder_sites", "same_value", "share_queries", "why_not"]
+__all__ = ["DECODER_ROLES", "decoder_sites", "lazy_blocks", "same_value", "share_queries", "why_not"]
 
 DECODER_ROLES = ("decoder", "cross")
 """Roles of sites that the plan's layer numbers mean."""
@@ -44,15 +47,19 @@ def share_queries(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         elif anchor_layer is not None and site.status is not Status.REFUSED:
             anchor = _anchor(by_layer, anchor_layer, site)
             refusal = why_not(site, anchor)
+            if refusal is None and policy.mode != "gla" and site.kind != "full":
+                refusal = Reason.POSITION_MASK, site.kind
             if refusal is not None:
                 result.refuse(site, *refusal)
                 continue
             assert anchor is not None
-            refusal = _share(gm, site, anchor, ctx, removable)
+            refusal = _share(gm, site, anchor, ctx, removable) if policy.mode == "gla" else None
             if refusal is not None:
                 result.refuse(site, *refusal)
                 continue
-            site.status, site.action = Status.REWRITTEN, f"lazy (anchor {anchor_layer})"
+            words = "" if policy.mode == "gla" else f", {policy.mode}"
+            site.status, site.action = Status.REWRITTEN, f"lazy{words} (anchor {anchor_layer})"
+            site.anchor = anchor_layer
             anchor.status, anchor.action = Status.REWRITTEN, "anchor"
             result.count += 1
     result.dropped_mutations = tuple(remove_dead(gm.graph, ctx.initially_unused, removable, ctx.keep()))
@@ -63,6 +70,20 @@ def decoder_sites(ctx: PassContext) -> list[Site]:
     """Sites of the language decoder, cross-attention included; the plan's layer numbers mean these."""
     towers = {s.tower for s in ctx.sites if s.role == "decoder"}
     return [s for s in ctx.sites if s.role in DECODER_ROLES and s.tower in towers]
+
+
+def lazy_blocks(ctx: PassContext) -> list[tuple[Site, list[Site]]]:
+    """Anchors with their lazy sites, as this stage left them; without sites that a later one refused."""
+    anchors: dict[tuple[str | None, int], Site] = {}
+    lazy: dict[tuple[str | None, int], list[Site]] = defaultdict(list)
+    for site in decoder_sites(ctx):
+        if site.node is None or site.layer is None or site.status is Status.REFUSED:
+            continue
+        if site.anchor is not None:
+            lazy[site.tower, site.anchor].append(site)
+        elif site.action.startswith("anchor"):
+            anchors[site.tower, site.layer] = site
+    return [(anchors[at], sites) for at, sites in lazy.items() if at in anchors]
 
 
 def _by_layer(ctx: PassContext) -> dict[int, list[Site]]:

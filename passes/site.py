@@ -51,6 +51,8 @@ class Reason(enum.StrEnum):
     POSITION_MASK = "its mask depends on the order of the keys"
     COMPACT_ROWS = "its compact cache is read by more than attention"
     KEYS_ESCAPE = "its keys leave the graph in a way that is not a cache"
+    VISUAL_UNKNOWN = "which positions are visual is not known"
+    NEW_ROWS = "where its new keys enter the cache is not understood"
 
 
 @dataclass
@@ -94,6 +96,10 @@ class Site:
     reason: Reason | None = None
     detail: str = ""
     action: str = "dense"
+    anchor: int | None = None
+    """The layer that a lazy site inherits from."""
+    inherits: str = "none"
+    """Which logits it takes from its anchor: ``none``, ``all``, or ``visual``, those against visual keys."""
     visual: str = "none"
     """Where this site's visual key positions come from; see `locate_modalities`."""
 

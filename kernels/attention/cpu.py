@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avl_fx.kernels.attention.masks import sdpa_mask
+from avl_fx.kernels.attention.values import with_even_dims
 
 
+@with_even_dims
 def attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, is_causal: bool
 ) -> Tensor:

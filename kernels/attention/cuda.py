@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avl_fx.kernels.attention.masks import sdpa_mask
+from avl_fx.kernels.attention.values import with_even_dims
 
 MAX_GROUPED_HEAD_DIM = 256
 
 
+@with_even_dims
 def attention_cuda(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, is_causal: bool
 ) -> Tensor:

@@ -301,7 +301,8 @@ def test_limit_and_mode() -> None:
     found = calibrated(tiny(), told(endless()), {"epsilon": 1.0}, limit=3, mode="vla")
     assert (found.batches, len(drawn)) == (3, 3)
     assert found.plan.lazy_policy.mode == "vla"
-    assert any("the savings are those of mode gla" in warning for warning in found.warnings)
+    assert (found.savings.lazy_layers, found.savings.kv_share) == (1, 0)
+    assert found.savings.linears_after == found.savings.linears_before
 
 
 def test_nothing_under_epsilon_is_the_identity_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -495,6 +496,18 @@ def test_shares_are_reached_and_not_exceeded_by_more_than_a_layer() -> None:
     apart = [[0.0, INF], [INF, 0.0]]
     with pytest.raises(CalibrationError, match="no two neighbouring layers"):
         Target("lazy_share", 0.5).blocks(apart, [1, 1], [2, 2])
+
+
+def test_modes_that_inherit_at_visual_positions_leave_windows_alone(tmp_path: Path) -> None:
+    zoo, model = get("gemma3"), model_of("gemma3")
+    batches, saved = [zoo.inputs(model, 1)], tmp_path / "state"
+    assert calibrated(model, batches, {"epsilon": 10}, state=saved).blocks == ((0, 1), (2, 3))
+    for mode in ("vla", "vla_scores"):
+        found = calibrated(model, batches, {"epsilon": 10}, mode=mode, state=saved)
+        assert found.blocks == ((2, 3),)
+        assert found.matrix[0][1] < INF
+        with pytest.raises(CalibrationError, match=f"kv_saving: mode '{mode}' saves no KV bytes"):
+            avl_fx.calibrate(model, batches, kv_saving=0.1, mode=mode, state=saved)
 
 
 WRONG_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {

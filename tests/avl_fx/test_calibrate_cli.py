@@ -73,7 +73,7 @@ def test_a_table_and_the_files(folder):
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["1", "full", "lazy", "0"] in [line[:4] for line in lines]
     assert ["0", "full", "anchor", "-"] in [line[:4] for line in lines]
-    for part in ("4 prompts in 2 batches", "1 of 2 layers", "KV bytes", "plan.json", "gla"):
+    for part in ("4 prompts in 2 batches", "1 of 2 layers", "KV bytes", "plan.json"):
         assert part in result.stdout
     assert Plan.from_json(folder / "out" / "a" / "plan.json").lazy_policy.mode == "vla"
     assert result.stderr == ""

@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import avl_fx
+import avl_fx.kernels.inherited_decode as inherited_decode
 import avl_fx.kernels.partitioned_decode as operator
 from avl_fx._words import kib
 from avl_fx.partition import Partition
@@ -138,18 +139,28 @@ def observed(name, door, kind, plan):
     """The report on a run whose calls of the kernel are counted: per step and layer rows read a batch row, and keys;
     and the cache of that run."""
     zoo, calls, caches = get(name), [], []
-    kernel = operator.IMPLEMENTATIONS["cpu"]
 
-    def counting(query, key, value, new_key, new_value, mask, segments, weigh, scale):
-        keys = key.shape[2] + (new_key is not None)
-        calls.append(([covered(row, keys) for row in segments], keys))
-        return kernel(query, key, value, new_key, new_value, mask, segments, weigh, scale)
+    def counting(kernel, value_at):
+        """``kernel``, whose arguments hold value, new key, new value, mask and segments from ``value_at`` on."""
+
+        def counted(*arguments):
+            value, _, new_value, _, segments = arguments[value_at : value_at + 5]
+            keys = value.shape[2] + (new_value is not None)
+            calls.append(([covered(row, keys) for row in segments], keys))
+            return kernel(*arguments)
+
+        return counted
 
     def run(model, **inputs):
         caches.append(prefill_and_decode(model, inputs, kind, steps=STEPS).cache)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(operator.IMPLEMENTATIONS, "cpu", counting)
+        for table, value_at in (
+            (operator.IMPLEMENTATIONS, 2),
+            (inherited_decode.ANCHOR_IMPLEMENTATIONS, 2),
+            (inherited_decode.IMPLEMENTATIONS, 3),
+        ):
+            patch.setitem(table, "cpu", counting(table["cpu"], value_at))
         model = zoo_model(name)
         report = avl_fx.explain(model, plan, front_door=door, run=run, **zoo.inputs(model, BATCH))
     layers = zoo.attention_kinds.count("full")
@@ -195,7 +206,11 @@ def test_explain_says_what_the_last_step_read(case):
         last = getattr(layer.costs, kinds[-1])
         assert layer.partitioned == (zoo.attention_kinds[layer.layer] == "full")
         if layer.partitioned:
-            assert last == StepCost(sum(read) * a_row, sum(read) * a_product)
+            if case == "lazy" and layer.layer > 1:  # reads its anchor's logits instead of keys
+                logits = sum(read) * zoo.heads * FLOAT
+                assert last == StepCost(sum(read) * a_row // 2 + logits, sum(read) * a_product // 2)
+            else:
+                assert last == StepCost(sum(read) * a_row, sum(read) * a_product)
             assert layer.costs.dense == StepCost(BATCH * keys * a_row, BATCH * keys * a_product)
         else:
             assert last == layer.costs.dense == layer.costs.mean
@@ -257,10 +272,12 @@ def test_attention_of_the_average_step():
 def test_later_steps_follow_the_formula():
     a_token = 2 * 2 * 2 * 16 * FLOAT * 4  # keys and values, batch, KV heads, head dim, bytes, layers
     reads = observed(*LAZY_CORE)[0].decode_reads
+    # Two layers are lazy: they read a float32 logit for each query head instead of a key.
+    lazy = a_token - a_token // 4 + 2 * BATCH * get("llava").heads * FLOAT
     for more, costs in reads.later.items():
-        for kind in ("dense", "core", "secondary", "mean"):
+        for kind, each in (("dense", a_token), ("core", lazy), ("secondary", lazy), ("mean", lazy)):
             grown = getattr(costs, kind).kv_bytes - getattr(reads.total, kind).kv_bytes
-            assert grown == pytest.approx(more * a_token)
+            assert grown == pytest.approx(more * each)
     reads = observed(*SLIDING)[0].decode_reads
     assert reads.total.core is None
     assert reads.total.mean == reads.total.secondary

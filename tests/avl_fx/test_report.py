@@ -102,7 +102,7 @@ def test_table_says_what_matters(llava):
         "1 x 66, 1 x n + 1",
         "28 -> 24",
         "q and k projections",
-        "attention (unchanged)",
+        "137 -> 103 kFLOP",
         "keys of layers 2-3 are not stored",
         "tracing and compiling",
         "find_attention",
@@ -124,7 +124,8 @@ def test_table_says_what_a_decode_step_reads(avl):
         "secondary 0.5 every 3 steps, text 0.5",
         "rows that a step does not read are stored as before: nothing is lost",
         "keys and values dense core step refresh, 1 in 3 average",
-        "layers 0-1, each",
+        "layer 0 ",
+        "layer 1 ",
         "all layers",
         "256 tokens later",
         "1,024 tokens later",
@@ -132,7 +133,7 @@ def test_table_says_what_a_decode_step_reads(avl):
         "keys 18 in each of 5 batch rows",
         "visual 8, 4, 4, 10, ... tokens: core 2, 1, 1, 3, ...; secondary 4, 2, 2, 5, ...",
         "text 8, 9, 13, 6, ... tokens behind the first visual one: read 5, 5, 7, 3, ...",
-        "Lazy layers multiply their anchor's keys again: they read as many rows as others.",
+        "Lazy layers take their anchor's logits, a float32 number for each query head, and read no keys.",
         "decode steps of this run: 4 core, 1 refresh",
     ):
         assert part in words, part
@@ -289,7 +290,9 @@ def test_json_names_its_units(avl):
     assert reads["total"].keys() == {"dense", "core", "secondary", "mean"}
     assert reads["total"]["dense"] == {"kv_bytes": 2 * 5 * 18 * 2 * 16 * 4, "attention_flops": 2 * 5 * 18 * 2 * 2 * 16}
     # 18 keys in each row but 6, 3, 3, 7 and no visual ones, and 3, 4, 6, 3 and no old text.
-    assert reads["total"]["core"]["kv_bytes"] == 2 * (5 * 18 - 19 - 16) * 2 * 16 * 4
+    rows = 5 * 18 - 19 - 16
+    # Keys and values of the anchor; in the lazy layer values, and a logit for each of two query heads.
+    assert reads["total"]["core"]["kv_bytes"] == (2 + 1) * rows * 16 * 4 + rows * 2 * 4
     assert [layer["layer"] for layer in reads["layers"]] == [0, 1]
     assert reads["later"].keys() == {"256", "1024"}
     assert data["kv"]["spare_bytes"] is None  # the cache was not the report's to measure

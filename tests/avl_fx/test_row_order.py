@@ -27,7 +27,7 @@ class Cache:
     def runtime(self, decode, masked):
         first = self.keys.shape[2] == 0
         cached = [CachedTensor(before=None if first else i, after=i) for i in range(2)]
-        layer = PartitionedLayer(0, 0, *cached)
+        layer = PartitionedLayer(0, 0, *cached, scored=True)
         return PartitionRuntime(self.vision, self.text, decode, False, (layer,), 1, False, masked, None)
 
     def call(self, rows, visual=None, hidden=False):

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 import avl_fx
 from avl_fx import AVLCache, Plan
 from avl_fx.errors import CacheStateError
+from avl_fx.savings import LayerShape, cache_bytes, compact_cache_bytes, spare_bytes
 from benchmarks._models import IMAGE, llava
 from tests.e2e._doors import DOORS, FLOAT32_TOLERANCE, decoder_graphs, largest, through
 from tests.e2e.test_avl import converse
@@ -91,6 +92,33 @@ def test_lazy_layers_own_no_keys(model):
     assert cache.stored_bytes == of_a_layer * (2 * 2 + 2)
     cache.batch_select_indices(torch.tensor([2, 0]))
     assert cache.stored_bytes == of_a_layer * (2 * 2 + 2) * 2 // 3, "a marker stays a marker"
+
+
+@pytest.mark.parametrize("kind", ["compact", "dynamic"])
+def test_seven_lazy_layers_of_ten_save_35_percent(kind):
+    """Keys of seven layers: 7 of 20 tensors of equal size, by the formula and by what the allocator gave."""
+    layers, steps = 10, 8
+    model = llava(layers=layers, hidden=32, heads=2, kv_heads=2, visual_tokens=64).eval()
+    plan = Plan.lazy([(0, 3), (4, 6), (7, 9)])
+    inputs = {
+        "input_ids": torch.tensor([[1] * 4 + [IMAGE] * 64 + [7] * 12]),
+        "pixel_values": torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(0)),
+    }
+    text = model.config.get_text_config()
+    cache = AVLCache(plan, model.config) if kind == "compact" else DynamicCache(config=text)
+    with torch.no_grad(), compiled(model, plan):
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=steps, min_new_tokens=steps)
+    a_tensor = (4 + 64 + 12 + steps - 1) * 2 * 16 * 4
+    dense = 2 * layers * a_tensor
+    marker = 4  # one NaN stands for all keys that are not stored
+    assert cache_bytes(cache) == (2 * layers - 7) * a_tensor + marker
+    assert compact_cache_bytes([87], [0], 1.0, [LayerShape(2, 16, 16, 4)] * 10, [1, 2, 3, 5, 6, 8, 9]) == 0.65 * dense
+    stored = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in stored}
+    spare = spare_bytes(cache)
+    assert sum(storages.values()) - spare <= 0.65 * dense + marker
+    if kind == "compact":
+        assert (cache.stored_bytes, cache.allocated_bytes) == (0.65 * dense, sum(storages.values()) - marker)
 
 
 def test_less_than_half_of_a_prompt_of_576_visual_tokens_is_stored():

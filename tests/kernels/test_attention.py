@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from avl_fx.kernels.attention import LOWERINGS, attention_reference
 from avl_fx.passes.nodes import op
@@ -195,6 +196,28 @@ def test_values_of_another_dimension(heads: int, kv_heads: int, value_dim: int) 
         check(case)
         check(case, case.visible((2, 1, queries, 7)))
         check(case, is_causal=True)
+
+
+class _Called(TorchDispatchMode):
+    """Notes the names of ATen operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("value_dim", [8, 16])
+def test_narrower_values_keep_the_fused_kernel(value_dim: int) -> None:
+    """Where head dims differ SDPA takes its math path, and makes the whole attention matrix."""
+    query, key, value = Case(8, 2, 5, 7, value_dim=value_dim).tensors()
+    with _Called() as called:
+        LOWERINGS["cpu"](query, key, value, None, 0.25, False)
+    assert any("flash" in name for name in called.names)
+    assert not any("softmax" in name for name in called.names)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0, 3.0, -0.25, 1e-4])

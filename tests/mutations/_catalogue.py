@@ -35,12 +35,13 @@ LOCATE, LOWER, VERIFY, REWRITE, NODES = (
 )
 KERNEL, DROPPED = "tests/kernels/test_attention.py", "tests/avl_fx/test_dropped_keys.py"
 APPEND, NARROW, GROWN = f"{P}append_in_place.py", f"{P}narrow_linears.py", "tests/avl_fx/test_growing.py"
-GROWING = "tests/e2e/test_growing_cache.py -m 'not inductor'"
+GROWING = "tests/e2e/test_growing_cache.py -m 'not full'"
 READS = "tests/avl_fx/test_reads.py -k 'hand or ranges'"
 ONCE = f"{P}read_once.py"
 DECODE = "tests/kernels/test_partitioned_decode.py -k 'native and (is_stored or is_seen)'"
 STATE, AVL = "tests/avl_fx/test_partition.py", "tests/e2e/test_avl.py -m 'not matrix'"
 OBSERVE, BLOCKS, CALIBRATE = f"{P}observe_attention.py", "tests/avl_fx/test_blocks.py", "tests/avl_fx/test_calibrate.py"
+MODES = "tests/e2e/test_lazy_modes.py -m 'not matrix'"
 RESOLVE, STORED, COMPACT = f"{P}resolve_rows.py", "tests/avl_fx/test_stored_rows.py", "tests/e2e/test_compact_cache.py"
 
 
@@ -220,6 +221,78 @@ MUTATIONS: list[Mutation] = [
             "if _written_between(anchor.node, site.node):",
             "if False:",
             f"{SHARE} -k 'must_not_change'",
+        ),
+    ),
+    *_in(
+        "passes/substitute_visual.py",
+        (
+            "substitute everywhere but there",
+            "flags[:, None, :, None], theirs, own)",
+            "flags[:, None, :, None], own, theirs)",
+            f"{MODES} -k 'second_turn and vla-'",
+        ),
+        (
+            "substitute keys alone",
+            "    site.node.update_arg(_QUERY, query)\n",
+            "",
+            f"{MODES} -k 'second_turn and vla-'",
+        ),
+        (
+            "guess where nothing is known",
+            "if flags is None:\n                result.refuse(site, Reason.VISUAL_UNKNOWN)\n                continue",
+            "if flags is None:\n                continue",
+            f"{MODES} -k 'unknown and vla'",
+        ),
+    ),
+    *_in(
+        "passes/inherit_scores.py",
+        (
+            "inherit text instead of images",
+            "own.masked_fill(visual, 0.0), theirs.masked_fill(torch.logical_not(visual), 0.0)",
+            "own.masked_fill(torch.logical_not(visual), 0.0), theirs.masked_fill(visual, 0.0)",
+            f"{MODES} -k 'second_turn and vla_scores'",
+        ),
+        (
+            "add the anchor's products to the layer's own",
+            "own.masked_fill(visual, 0.0)",
+            "own",
+            f"{MODES} -k 'second_turn and vla_scores'",
+        ),
+        (
+            "inherit every logit of a step",
+            "new_value, mask, segments, inherited)",
+            "new_value, mask, segments, segments)",
+            f"{MODES} -k 'second_turn and vla_scores'",
+        ),
+        (
+            "inherit from an anchor that reads other keys",
+            "same = all(node.args[i] is anchor.args[i] for i in shared)",
+            "same = True",
+            f"{P}inherit_scores.py",
+        ),
+    ),
+    *_in(
+        "passes/visual_inputs.py",
+        (
+            "forget what was visual before",
+            "earlier = insert_traced(node, _flags, past, root.args[0][0])",
+            "earlier = insert_traced(node, _flags, insert_call(node, torch.zeros_like, past), root.args[0][0])",
+            f"{MODES} -k 'second_turn and vla_scores'",
+        ),
+        (
+            "take ranges one too long",
+            "torch.lt(torch.sub(positions, start), length)",
+            "torch.le(torch.sub(positions, start), length)",
+            "tests/avl_fx/test_visual_calls.py",
+        ),
+    ),
+    *_in(
+        "avl_fx/visual_calls.py",
+        (
+            "give a piece of a prompt what the whole has",
+            "visual = given_rows(queries, tokens)",
+            "visual = given_rows(queries, 0)",
+            "tests/avl_fx/test_visual_calls.py",
         ),
     ),
     *_in(
@@ -471,9 +544,14 @@ MUTATIONS: list[Mutation] = [
         ),
         ("grow what others read", "return readers <= allowed and", "return", APPEND),
         ("grow what autograd knows", "if fake(past).requires_grad or fake(new).requires_grad:", "if False:", APPEND),
-        ("take any cache for one with room", "head_stride >= (keys + 1) * dim)", "head_stride >= dim)", APPEND),
+        (
+            "take any cache for one with room",
+            "head_stride >= (keys + 1) * dim)",
+            "head_stride >= dim)",
+            f"{GROWING} -k of_its_own",
+        ),
         ("append two rows as if they were one", "or added[2] != 1:", "or False:", APPEND),
-        ("grow a sliding window", 'if site.kind != "full":', "if False:", f"{GROWING} -k gemma3"),
+        ("grow a sliding window", 'if site.kind != "full":', "if False:", APPEND),
     ),
     *_in(
         "avl_fx/growing.py",

@@ -25,20 +25,27 @@ class Oracle(Protocol):
         """q [B, H, Q, D]; k, v [B, KV, K, D] -> [B, H, Q, D]."""
 
 
-def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
-    """Softmax rows [B, H, Q, K] in float32. q [B, H, Q, D]; k [B, KV, K, D]; mask bool (True: visible) or additive.
+def logits_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Scaled products [B, H, Q, K]. q [B, H, Q, D]; k [B, KV, K, D]."""
+    return torch.matmul(q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(-1, -2)) * scale
+
+
+def softmax_rows(logits: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """Softmax rows [B, H, Q, K] in float32. mask bool (True: visible) or additive.
 
     `causal` counts from the upper left corner, as SDPA does, and applies where there is no mask.
     """
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
     if mask is None and causal:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        mask = torch.ones(logits.shape[2:], dtype=torch.bool, device=logits.device).tril()
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
-    if mask is not None:
-        scores = scores + mask
-    return torch.softmax(scores, dim=-1, dtype=torch.float32)
+        lowest = torch.finfo(logits.dtype).min
+        mask = torch.zeros(mask.shape, dtype=logits.dtype, device=logits.device).masked_fill(~mask, lowest)
+    return torch.softmax(logits if mask is None else logits + mask, dim=-1, dtype=torch.float32)
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
+    """Softmax rows [B, H, Q, K] in float32; shapes as in `logits_of`, mask and causal as in `softmax_rows`."""
+    return softmax_rows(logits_of(q, k, scale), mask, causal)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:

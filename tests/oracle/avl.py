@@ -21,6 +21,8 @@ each kept text key j, the quantile over those keys (`decay="none"`: adds a_j). B
 *Compact*: a later turn attends densely to what was not dropped: minor and evicted text are gone for good, and shares
 are still of all visual keys ever fed.
 
+*Lazy layers* of every mode read what their anchor reads: one choice of core and of text for a block.
+
 *Late start*: one query whose layer was never seen before (the prompt ran elsewhere) is dense, and its row starts the
 partition.
 
@@ -83,6 +85,7 @@ class AvlOracle:
 
     def __post_init__(self) -> None:
         self.layers: dict[int, LayerState] = {}
+        self._masks: dict[int, Tensor | None] = {}  # layer -> that of its latest attention
         self.held = 0
         """Keys that the cache holds though nothing is known of them."""
         self.read: list[tuple[int, int]] = []
@@ -91,6 +94,8 @@ class AvlOracle:
     def see(self, visual: Tensor) -> None:
         """`visual` bool [B, keys so far and those of the next prompt]: another prompt on the same cache."""
         self.visual = visual
+        if self.lazy is not None:
+            self.lazy.see(visual)
 
     def lose(self, held: int, told: bool = False) -> None:
         """Nothing is known any more of the `held` keys in the cache; `told`: their visual positions still are."""
@@ -102,23 +107,32 @@ class AvlOracle:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
     ) -> Tensor:
-        if self.lazy is not None:
-            q, k = self.lazy.queries_and_keys(layer, q, k)
         group = q.shape[1] // k.shape[1]
+        anchor = None if self.lazy is None else self.lazy.lazy.get(layer)
         state = self.layers.get(layer)
         if self.kinds and self.kinds[layer] != "full":
-            weights = attention_weights(q, k, mask, scale, causal)
+            weights = self._weights(layer, q, k, mask, scale, causal)
+        elif anchor is not None:
+            weights = self._weights(layer, q, k, self._masks[anchor], scale, causal)
         elif q.shape[2] > 1 or state is None:
             seen = mask
             if self.compact and state is not None:
                 self._grow(state, k.shape[2])
                 seen = self._hide(state.gone, q, mask)
-            weights = attention_weights(q, k, seen, scale, causal)
+            weights = self._weights(layer, q, k, seen, scale, causal)
             visible = _visible(mask, q.shape[0], q.shape[2], k.shape[2], causal)
             self._start(layer, weights, visible, group, state)
         else:
             weights = self._step(state, layer, q, k, mask, scale, group)
         return torch.matmul(weights.to(q.dtype), v.repeat_interleave(group, dim=1))
+
+    def _weights(
+        self, layer: int, q: Tensor, k: Tensor, mask: Tensor | None, scale: float, causal: bool = False
+    ) -> Tensor:
+        self._masks[layer] = mask
+        if self.lazy is None:
+            return attention_weights(q, k, mask, scale, causal)
+        return self.lazy.weights(layer, q, k, mask, scale, causal)
 
     # --- several queries ---
 
@@ -207,7 +221,7 @@ class AvlOracle:
         images = state.secondary if refresh or self.refresh == 0 else state.core
         readable = images | state.text[:, None]  # [B, group, K]
         self.read.append((layer, int(readable[0, 0].sum())))
-        weights = attention_weights(q, k, self._hide(~readable, q, mask), scale)
+        weights = self._weights(layer, q, k, self._hide(~readable, q, mask), scale)
         row = weights[:, :, 0].float().cpu()  # what is decided is decided there
         if refresh:
             state.core = self._best(self._by_group(row, group), state.secondary, state.visual, self.core)
@@ -272,6 +286,7 @@ def avl_oracle(
     refresh: int,
     text: float,
     blocks: Blocks = (),
+    mode: str = "gla",
     decoder_prefix: str = "model.language_model.layers",
     kinds: Sequence[str] | None = None,
     **settings: object,
@@ -288,7 +303,7 @@ def avl_oracle(
         secondary,
         refresh,
         text,
-        lazy=LazyOracle(blocks, kinds) if blocks else None,
+        lazy=LazyOracle(blocks, kinds, mode, visual) if blocks else None,
         kinds=kinds,
         **settings,  # type: ignore[arg-type]
     )

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avl_fx.growing import has_room, reserve
+from tests.passes._decoder import Decoder, LayerSpec, caches, hidden_states, specs
 from tests.passes._graphs import assert_same, counts, rewrite
 
 HEADS, KV_HEADS, DIM, PAST = 4, 2, 8, 6
@@ -118,6 +119,25 @@ def test_several_rows_are_a_prompt():
     assert rewritten.result("append_in_place").count == 0
     assert counts(rewritten.gm)["cat"] == 2
     assert all(map(has_room, rewritten.outputs[1:])), "and later steps find room"
+
+
+def test_a_window_that_slides_keeps_the_copy():
+    """Its cache gives up the oldest row at some step, wherever the model does that."""
+    layers = specs(3, layer1=LayerSpec(is_sliding=True))
+    cached = [(kind, *map(reserve, tensors)) for kind, *tensors in caches("cat", layers)]
+    with torch.no_grad():
+        rewritten = rewrite(Decoder(layers), hidden_states(1), [None], cached)
+    assert rewritten.result("append_in_place").count == 2
+    assert [s.layer for s in rewritten.ctx.sites if s.kind == "sliding"] == [1]
+
+
+def test_two_rows_of_one_query_keep_the_copy():
+    """A layer may store more than it asks with."""
+    args = tensors()
+    args[1:3] = tensors(queries=2, seed=1)[1:3]
+    rewritten = run(Step(), args)
+    assert rewritten.result("append_in_place").count == 0
+    assert counts(rewritten.gm)["cat"] == 2
 
 
 @pytest.mark.parametrize("position", [0, 1, 3], ids=["query", "new row", "past rows"])

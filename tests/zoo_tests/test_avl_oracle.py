@@ -72,8 +72,24 @@ def test_lazy_blocks_compose():
         assert largest_difference(prefill_and_decode(model, inputs, tokens=dense.tokens), lazy) < TOLERANCE
     with oracle_for("llava", model, inputs, core=0.2, blocks=[(1, 3)]) as both:
         prefill_and_decode(model, inputs, tokens=dense.tokens)
-    for layer in (2, 3):
-        assert torch.equal(both.layers[layer].core, both.layers[1].core)  # one core set a block
+    assert sorted(both.layers) == [0, 1]  # one core set a block: lazy layers decide nothing
+    assert {layer for layer, _ in both.read} == {0, 1}
+    with oracle_for("llava", model, inputs, core=0.2, blocks=[(1, 3)]) as both, pytest.MonkeyPatch.context() as patch:
+        masks = []
+        patch.setattr(both.lazy, "weights", spied(both.lazy.weights, masks))
+        prefill_and_decode(model, inputs, tokens=dense.tokens)
+    for layer in (2, 3):  # and read what their anchor reads
+        theirs, own = ([mask for number, mask in masks if number == n] for n in (1, layer))
+        assert len(theirs) == len(own) == 5
+        assert all(torch.equal(a, b) for a, b in zip(theirs, own, strict=True))
+
+
+def spied(weights, masks):
+    def spy(layer, q, k, mask, *rest):
+        masks.append((layer, mask))
+        return weights(layer, q, k, mask, *rest)
+
+    return spy
 
 
 # --- by hand: one layer, one head, queries that pick keys ---
