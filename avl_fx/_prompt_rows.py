@@ -110,12 +110,12 @@ def _the_decoder(forwards: list[ObservedForward], field: str) -> ObservedForward
         )
     if len(forwards) > 1:
         held = [sorted([*f.rows, *f.attention.excluded]) for f in forwards]
+        where = f" (layers {'; '.join(map(ranges, held))})" if all(held) else ""
         repeated = sum(map(len, held)) > len({layer for layers in held for layer in layers})
         raise CalibrationError(
             f"the decoder ran {len(forwards)} times in one call"
             if repeated
-            else f"the decoder is in {len(forwards)} graphs (layers {'; '.join(map(ranges, held))}), and layers of "
-            "different graphs cannot share",
+            else f"the decoder is in {len(forwards)} graphs{where}, and layers of different graphs cannot share",
             field=field,
             remedy="give one prompt a call"
             if repeated

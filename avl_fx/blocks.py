@@ -39,14 +39,17 @@ def neighbours_under(matrix: Matrix, epsilon: float) -> tuple[Block, ...]:
 def cheapest_blocks(matrix: Matrix, weights: Sequence[int], least: int) -> tuple[Block, ...] | None:
     """Blocks of the smallest total cost whose lazy layers weigh at least ``least``; ``None`` where there are none.
 
-    Exact, by dynamic programming over where the blocks end.
+    Exact, by dynamic programming over where the blocks end. Of equally cheap choices it is one of the smallest weight.
 
     Args:
         matrix: divergences, see above.
         weights: what each layer is worth when it is lazy, at least 0; all 1 to count layers.
         least: what the lazy layers have to be worth together.
     """
-    return _traced(_table(matrix, weights, max(least, 0)), max(least, 0))
+    least = max(least, 0)
+    # Without the last lazy layer of a block no choice costs more: the lightest of the cheapest can spare none.
+    table = _table(matrix, weights, least + max(weights, default=0))
+    return _traced(table, min(range(least, len(table[-1])), key=lambda weight: table[-1][weight][0]))
 
 
 def largest_within(matrix: Matrix, budget: float) -> tuple[Block, ...]:
@@ -87,7 +90,7 @@ _Cell = tuple[float, int, int]
 def _table(matrix: Matrix, weights: Sequence[int], most: int) -> list[list[_Cell]]:
     """``table[end][weight]``: the cheapest way to cut layers ``0 .. end - 1`` into runs whose lazy layers weigh that.
 
-    Weights beyond ``most`` count as ``most``.
+    What weighs more than ``most`` is left out.
     """
     unreached: _Cell = (math.inf, 0, 0)
     table = [[unreached] * (most + 1) for _ in range(len(matrix) + 1)]
@@ -102,8 +105,8 @@ def _table(matrix: Matrix, weights: Sequence[int], most: int) -> list[list[_Cell
                 break
             row = table[layer + 1]
             for before, (spent, *_) in enumerate(table[first]):
-                reached = min(before + weight, most)
-                if spent + cost < row[reached][0]:
+                reached = before + weight
+                if reached <= most and spent + cost < row[reached][0]:
                     row[reached] = (spent + cost, first, before)
     return table
 

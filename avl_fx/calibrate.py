@@ -32,6 +32,7 @@ from avl_fx._untouched import left_untouched
 from avl_fx.backend import avl_backend
 from avl_fx.calibration_report import CalibrationReport, proposed_ratios, stored_bytes
 from avl_fx.errors import CalibrationError, UnsupportedPlanError
+from avl_fx.modality import given_as_before
 from avl_fx.observe import Observer, observing
 from avl_fx.options import parse_options
 from avl_fx.plan import Plan
@@ -86,7 +87,8 @@ def calibrate(
             lazy layer saves its keys: half of its bytes where keys and values are equally wide.
         max_divergence: target 4: as many lazy layers as possible, while their divergences from their anchors add up to
             this at most (nats). Targets 2 to 4 find the blocks of the smallest sum exactly.
-        mode: what lazy layers inherit, see `LazyPolicy`; recorded in the plan.
+        mode: what lazy layers inherit, see `LazyPolicy`; recorded in the plan. Layers with a sliding window are lazy in
+            mode ``gla`` alone.
         vision: add a section ``vision``: the shares of visual keys that hold 80% (core) and 95% (secondary) of the
             visual attention.
         limit: batches to run at most, those in ``state`` included.
@@ -147,6 +149,12 @@ def calibrated(
     model = _compat.uncompiled(model)
     target = Target.of(targets)
     _check_arguments(model, batches, mode, limit)
+    if target.name == "kv_saving" and mode != "gla":
+        raise CalibrationError(
+            f"mode {mode!r} saves no KV bytes: its lazy layers store keys of their own",
+            field="kv_saving",
+            remedy="use mode 'gla', or another target",
+        )
     parse_options(None, {"compiler": compiler})
     if report is not None:
         need_matplotlib()
@@ -183,7 +191,7 @@ def _watch(
     seen = 0
     sizes = [limit, len(batches) if isinstance(batches, Sized) else None]
     total = min((size for size in sizes if size is not None), default=None)
-    with _instrumented(model, compiler) as observer, _bar(progress, total, done) as step:
+    with _instrumented(model, compiler) as observer, given_as_before(), _bar(progress, total, done) as step:
         for number, batch in enumerate(itertools.islice(batches, limit)):
             seen += 1
             if number < done:
@@ -234,6 +242,8 @@ def _choose(
 ) -> CalibrationReport:
     layers = findings.statistics.layers
     matrix = findings.statistics.mean_divergence()
+    if mode != "gla":
+        _part_windows(matrix, findings)
     blocks = target.blocks(matrix, *stored_bytes(findings))
     warnings = []
     note = f"calibrated on {findings.statistics.samples} prompts of {model}, {target}"
@@ -254,11 +264,20 @@ def _choose(
     try:
         plan.check_supported()
     except UnsupportedPlanError as error:
-        warnings.append(f"{error.message}; the savings are those of mode gla")
+        warnings.append(error.message)
     if findings.excluded:
         reasons = "; ".join(f"layer {n}: {why}" for n, why in sorted(findings.excluded.items()))
         warnings.append(f"not observed, and in no block: {reasons}")
     return CalibrationReport.of(findings, target, blocks, plan, model, warnings)
+
+
+def _part_windows(matrix: list[list[float]], findings: Findings) -> None:
+    """Layers that do not attend to all keys inherit nothing at visual positions: `share_queries` refuses them."""
+    for layer, row in enumerate(matrix):
+        if layer in findings.layers and findings.layers[layer].kind != "full":
+            for other in range(len(row)):
+                if other != layer:
+                    row[other] = matrix[other][layer] = math.inf
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------

@@ -70,7 +70,10 @@ class LayerFinding:
 
 @dataclass(frozen=True)
 class PredictedSavings:
-    """What the blocks save in mode ``gla``; exact for the layers that were observed."""
+    """What the blocks save, exact for the layers that were observed.
+
+    Other modes than ``gla`` save neither: their lazy layers have keys of their own for text.
+    """
 
     lazy_layers: int
     layers: int
@@ -119,6 +122,7 @@ class CalibrationReport:
     ) -> CalibrationReport:
         """What ``found`` says about ``blocks``, and about everything else."""
         matrix = found.statistics.mean_divergence()
+        mode = "gla" if plan.lazy_policy is None else plan.lazy_policy.mode
         return cls(
             plan=plan,
             target=target.name,
@@ -133,7 +137,7 @@ class CalibrationReport:
             deviation=tuple(map(tuple, found.statistics.deviation())),
             apart={f"{earlier}-{later}": why for (earlier, later), why in sorted(found.apart.items())},
             ratios=proposed_ratios(found),
-            savings=_savings(found, blocks),
+            savings=_savings(found, blocks, mode),
             warnings=tuple(warnings),
         )
 
@@ -224,11 +228,12 @@ def _layers(found: Findings, matrix: list[list[float]], blocks: tuple[Block, ...
         )
 
 
-def _savings(found: Findings, blocks: tuple[Block, ...]) -> PredictedSavings:
+def _savings(found: Findings, blocks: tuple[Block, ...], mode: str) -> PredictedSavings:
     keys, both = stored_bytes(found)
-    lazy = [layer for first, last in blocks for layer in range(first + 1, last + 1)]
+    all_lazy = [layer for first, last in blocks for layer in range(first + 1, last + 1)]
+    lazy = all_lazy if mode == "gla" else []
     return PredictedSavings(
-        lazy_layers=len(lazy),
+        lazy_layers=len(all_lazy),
         layers=found.statistics.layers,
         kv_bytes_before=sum(both),
         kv_bytes_after=sum(both) - sum(keys[layer] for layer in lazy),

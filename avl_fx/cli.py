@@ -319,15 +319,17 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _show_calibration(report: CalibrationReport, output: Path | None) -> None:
-    table = ascii_table("layer", "kind", "role", "from before", "from anchor", "on visual keys", "core", "secondary")
+    # Divergences from the layer before and from the anchor; no wider than 80 columns.
+    table = ascii_table("layer", "kind", "role", "anchor", "adjacent", "to anchor", "visual", "core/sec.")
     for layer in report.layers:
         table.add_row(
             str(layer.layer),
             layer.kind or "-",
-            layer.role if layer.anchor is None else f"lazy (anchor {layer.anchor})",
+            layer.role,
+            "-" if layer.anchor is None else str(layer.anchor),
             *("-" if n is None else f"{n:.4f}" for n in (layer.divergence_before, layer.divergence_anchor)),
             "-" if layer.visual_mass is None else percent(layer.visual_mass, 1),
-            *(("-", "-") if layer.ratios is None else (f"{layer.ratios.core:g}", f"{layer.ratios.secondary:g}")),
+            "-" if layer.ratios is None else f"{layer.ratios.core:g}/{layer.ratios.secondary:g}",
         )
     _print(table)
     savings, ratios = report.savings, report.ratios

@@ -118,10 +118,18 @@ def _own_linears(site: Site, rows: fx.Node) -> int:
         node = pending.pop()
         if node in own or node.op == "placeholder":
             continue
-        users = (u for u in node.users if u not in own and op(u) not in METADATA_OPS)
-        if not all(user.op == "output" and alias_root(node) is stored for user in users):
+        if not all(user in own or _is_for_storage(user, node, stored) for user in node.users):
             continue
         own.add(node)
         found += op(node) == "linear"
         pending += node.all_input_nodes
     return found
+
+
+def _is_for_storage(user: fx.Node, node: fx.Node, stored: fx.Node) -> bool:
+    """Whether ``user`` does nothing with ``node`` but ask for its shape, or return the keys to a cache, or a part."""
+    if op(user) in METADATA_OPS:
+        return True
+    if user.op == "output":
+        return alias_root(node) is stored
+    return alias_root(user) is stored and all(_is_for_storage(u, user, stored) for u in user.users)

@@ -40,6 +40,7 @@ READS = "tests/avl_fx/test_reads.py -k 'hand or ranges'"
 ONCE = f"{P}read_once.py"
 DECODE = "tests/kernels/test_partitioned_decode.py -k 'native and (is_stored or is_seen)'"
 STATE, AVL = "tests/avl_fx/test_partition.py", "tests/e2e/test_avl.py -m 'not matrix'"
+OBSERVE, BLOCKS, CALIBRATE = f"{P}observe_attention.py", "tests/avl_fx/test_blocks.py", "tests/avl_fx/test_calibrate.py"
 MODES = "tests/e2e/test_lazy_modes.py -m 'not matrix'"
 RESOLVE, STORED, COMPACT = f"{P}resolve_rows.py", "tests/avl_fx/test_stored_rows.py", "tests/e2e/test_compact_cache.py"
 
@@ -701,5 +702,69 @@ MUTATIONS: list[Mutation] = [
             READS,
         ),
         ("leave out text of rows without images", "    if row.visual:\n", "    if True:\n", READS),
+    ),
+    *_in(
+        "passes/observe_attention.py",
+        (
+            "take every layer's own mask for what counts",
+            "shared = (counted.node.args[_MASK], observed.positions)",
+            "shared = (mask, observed.positions)",
+            f"{OBSERVE} -k 'padding_behind and gemma3'",
+        ),
+        ("let any two layers share", "if refusal is not None:", "if False:", f"{OBSERVE} -k 'differently'"),
+        (
+            "count the projection of the values",
+            "pending = [query, key, *writes_to(stored)]",
+            "pending = [query, key, site.node.args[_VALUE], *writes_to(stored)]",
+            f"{OBSERVE} -k 'linear_layers_of'",
+        ),
+        (
+            "observe decode steps",
+            "if site.queries != 1] if ctx.observe",
+            "] if ctx.observe",
+            f"{OBSERVE} -k 'decode_step_is_left'",
+        ),
+    ),
+    *_in(
+        "avl_fx/blocks.py",
+        (
+            "compare with the layer before instead of the anchor",
+            "cost += matrix[first][layer]\n",
+            "cost += matrix[layer - 1][layer]\n",
+            BLOCKS,
+        ),
+        (
+            "join what may not share",
+            "< epsilon and math.isfinite(matrix[first][layer]):",
+            "< epsilon:",
+            f"{BLOCKS} -k walking",
+        ),
+        (
+            "take more layers than asked for",
+            "return _traced(table, min(range(least",
+            "return _traced(table, max(range(least",
+            BLOCKS,
+        ),
+        (
+            "forget what stands before a block",
+            "if reached <= most and spent + cost <",
+            "if reached <= most and cost <",
+            BLOCKS,
+        ),
+    ),
+    *_in(
+        "avl_fx/similarity.py",
+        (
+            "forget half of a divergence",
+            "torch.stack([work[o] for o in part]) + row) / 2)",
+            "torch.stack([work[o] for o in part]) + row))",
+            f"{CALIBRATE} -k by_hand",
+        ),
+        (
+            "let samples without images count",
+            "        if seen.any():\n",
+            "        if True:\n",
+            f"{CALIBRATE} -k concentration",
+        ),
     ),
 ]
