@@ -410,7 +410,7 @@ def _kv(run: Run, decoder: Sequence[SiteReport]) -> KVReport | None:
         return None
     dropped = tuple(sorted({s.layer for s in sites if _has_no_keys(s) and s.layer is not None}))
     length = _cache_length(run, decoder)
-    dense = plan = 0
+    dense = plan = empty = 0
     spare = None
     kinds = {s.cache for s in sites}
     kind = kinds.pop() if len(kinds) == 1 else "other"
@@ -429,4 +429,8 @@ def _kv(run: Run, decoder: Sequence[SiteReport]) -> KVReport | None:
             plan += stored
             if _has_no_keys(site) and site.cache != "static":
                 plan -= key_bytes(batch, site.kv_heads, keys, site.head_dim, itemsize)
-    return KVReport(length, sites[0].dtype, kind, dense, plan, dropped, run.cache is not None, spare)
+    for site in sites:
+        if _has_no_keys(site) and site.cache == "static" and isinstance(site.batch, int) and isinstance(site.keys, int):
+            itemsize = getattr(torch, site.dtype).itemsize
+            empty += key_bytes(site.batch, site.kv_heads, site.keys, site.head_dim, itemsize)
+    return KVReport(length, sites[0].dtype, kind, dense, plan, dropped, run.cache is not None, spare, empty)

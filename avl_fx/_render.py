@@ -267,6 +267,8 @@ def _kv_lines(report: Report) -> list[Padding]:
     if kv.dropped_layers:
         why = "not written, but a static cache keeps its buffers" if kv.kind == "static" else "not stored"
         line.append(f"; keys of layers {ranges(kv.dropped_layers)} are {why}")
+        if kv.empty_bytes:
+            line.append(f" ({kib(kv.empty_bytes)}, which an AVLCache does not take)")
     if kv.kind != "compact" and report.decode_reads is not None and report.decode_reads.total is not None:
         line.append("; rows that a step does not read are stored as before: nothing is lost")
     if kv.spare_bytes:

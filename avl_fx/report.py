@@ -190,6 +190,8 @@ class KVReport:
     """Read from the cache itself; else computed from the sites."""
     spare_bytes: int | None
     """Room for later tokens behind those of a cache that grows in place; not in ``plan``. ``None``: not measured."""
+    empty_bytes: int = 0
+    """Key buffers of a static cache that nothing is written to, in ``plan``; an `AVLCache` has none."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class StepCost:
     """Attention of one decode step, over the batch. See `avl_fx.reads` for what counts."""
 
     kv_bytes: float
-    """Key and value rows that it reads."""
+    """Key and value rows that it reads, and logits that a lazy layer reads instead of keys."""
     attention_flops: float
     """Its logits and weighted sums."""
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import avl_fx
+from avl_fx._words import kib
 from avl_fx.errors import AvlError, CacheStateError, CaptureError, OptionError, PlanMismatchError, UnsupportedPlanError
 from avl_fx.record import recording
 from avl_fx.regions import compiled_plan
@@ -397,3 +398,16 @@ def test_own_loop_is_called_with_model_and_inputs():
     avl_fx.explain(model, run=run, **inputs)
     assert seen == {"model": model, **inputs}
     assert explained("plain_lvlm").decoder.seen.keys() == {"prefill", "decode"}
+
+
+def test_what_a_static_cache_keeps_for_nothing():
+    """Buffers of keys that lazy layers neither write nor read: 2 of 4 layers, and no other bytes are saved."""
+    report = explained("llava", "avl_fx.compile", new_tokens=2, cache_implementation="static")
+    (keys,) = {s.keys for s in report.sites if s.role == "decoder" and s.cache == "static"}
+    of_a_layer = 2 * 2 * keys * 16 * 4  # batch, KV heads, positions, head dim, float32
+    assert report.kv.empty_bytes == 2 * of_a_layer
+    assert report.kv.plan == report.kv.dense == 4 * 2 * of_a_layer
+    words = " ".join(str(report).split())
+    assert f"keeps its buffers ({kib(2 * of_a_layer)}, which an AVLCache does not take)" in words
+    assert explained("llava").kv.empty_bytes == 0
+    assert explained("llava", lazy=False).kv.empty_bytes == 0
