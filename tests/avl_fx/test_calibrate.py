@@ -22,6 +22,7 @@ from avl_fx._targets import Target
 from avl_fx.calibrate import calibrated
 from avl_fx.calibration_report import CalibrationReport, Ratios
 from avl_fx.errors import CalibrationError, OptionError
+from avl_fx.modality import given
 from avl_fx.passes.context import ObservedLayer
 from avl_fx.plan import Plan
 from avl_fx.similarity import MASSES, Statistics, concentration, divergences, share_holding
@@ -81,14 +82,14 @@ def test_sums_of_two_sittings_are_those_of_one() -> None:
     made = [{n: torch.rand(2, 3, 7, generator=generator).softmax(-1) for n in range(3)} for _ in range(4)]
     visual = spans(".###...", "..#####")
     whole = Statistics.empty(3)
-    for given in made:
-        whole.add(given, (), visual, 7)
+    for layers in made:
+        whole.add(layers, (), visual, 7)
     half = Statistics.empty(3)
-    for given in made[:2]:
-        half.add(given, (), visual, 7)
+    for layers in made[:2]:
+        half.add(layers, (), visual, 7)
     half = Statistics.of(half.samples, {name: tensor.clone() for name, tensor in half.tensors().items()})
-    for given in made[2:]:
-        half.add(given, (), visual, 7)
+    for layers in made[2:]:
+        half.add(layers, (), visual, 7)
     assert half.samples == whole.samples == 8
     assert all(tensor.equal(half.tensors()[name]) for name, tensor in whole.tensors().items())
 
@@ -288,6 +289,15 @@ def test_a_generator_may_name_the_visual_positions() -> None:
     found = tiny_report()
     assert (found.batches, found.samples, found.blocks) == (2, 4, ((0, 1),))
     assert found.layers[0].visual_mass is not None
+
+
+def test_a_generator_that_is_left_early_takes_nothing_back_later() -> None:
+    batches = told(tiny_batches(3))
+    calibrated(tiny(), batches, {"epsilon": 1.0}, limit=1)
+    assert given() is None
+    with avl_fx.modality_ids(spans("#")):
+        batches.close()
+        assert given() is not None
 
 
 def test_limit_and_mode() -> None:
