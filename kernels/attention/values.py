@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 Lowering = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool], Tensor]
@@ -23,7 +23,9 @@ def with_even_dims(lowering: Lowering) -> Lowering:
         missing = query.shape[-1] - value.shape[-1]
         if missing <= 0:
             return lowering(query, key, value, mask, scale, is_causal)
-        out = lowering(query, key, F.pad(value, (0, missing)), mask, scale, is_causal)
+        # Not `F.pad`: its fake implementation fixes the lengths that it sees.
+        zeros = torch.zeros_like(value[..., :1]).expand(-1, -1, -1, missing)
+        out = lowering(query, key, torch.cat([value, zeros], -1), mask, scale, is_causal)
         return out[..., : query.shape[-1] - missing]
 
     return even

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -289,3 +290,17 @@ def test_fake_shapes_are_symbolic() -> None:
     assert not isinstance(batch, int)
     assert not isinstance(queries, int)
     assert rewritten.outputs[0].shape == (2, 8, 5, 24)
+
+
+@pytest.mark.parametrize("value_dim", [8, 16])
+def test_lowered_lengths_stay_symbolic(value_dim: int) -> None:
+    """Dynamo raises where a dimension that is marked was fixed on the way."""
+    query, key, value = Case(8, 2, 5, 7, value_dim=value_dim).tensors()
+    for tensor in (query, key, value):
+        torch._dynamo.mark_dynamic(tensor, 2)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, scale=0.25, enable_gqa=True)
+
+    rewritten = rewrite(attend, query, key, value)
+    assert rewritten.outputs[0].shape == (2, 8, 5, value_dim)
