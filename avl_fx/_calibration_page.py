@@ -31,7 +31,7 @@ def page(report: CalibrationReport, image: bytes) -> str:
     savings, ratios = report.savings, report.ratios
     facts = [
         ("target", f"{report.target} {report.value:g}"),
-        ("seen", f"{count(report.samples, 'sample')} in {count(report.batches, 'batch').replace('batchs', 'batches')}"),
+        ("seen", f"{count(report.samples, 'sample')} in {count(report.batches, 'batch')}"),
         ("blocks", ", ".join(f"{first}-{last}" for first, last in report.blocks) or "none"),
         ("lazy layers", f"{savings.lazy_layers} of {savings.layers}"),
         ("divergence of all lazy layers from their anchors", f"{report.cost:.4g} nats"),
@@ -56,7 +56,7 @@ def page(report: CalibrationReport, image: bytes) -> str:
             _table(("", ""), [("", fact) for fact in facts], words=(0, 1), header_row=False),
             "<h2>Block layout</h2>",
             _layout(report),
-            "<p>Dark: anchors. Light: lazy layers, which inherit queries and keys of the anchor before them.</p>",
+            "<p>Dark: anchors. Light: lazy layers, which inherit from the anchor before them.</p>",
             "<h2>Similarity of the layers</h2>",
             f'<img alt="heat map of the divergences" src="data:image/png;base64,{encoded}">',
             "<p>Jensen-Shannon divergence, natural logarithm (0 to 0.693), of the attention rows of the prompt's last "

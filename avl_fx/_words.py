@@ -24,8 +24,8 @@ WHOLE = "avl_fx.compile(model, plan=...)"
 
 
 def count(number: int, noun: str) -> str:
-    """``1 layer``, ``2 layers``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """``1 layer``, ``2 layers``, ``2 batches``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('ch') else 's'}"
 
 
 def flops(number: float) -> str:

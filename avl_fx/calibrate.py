@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,6 @@ from avl_fx._untouched import left_untouched
 from avl_fx.backend import avl_backend
 from avl_fx.calibration_report import CalibrationReport, proposed_ratios, stored_bytes
 from avl_fx.errors import CalibrationError, UnsupportedPlanError
-from avl_fx.modality import given_as_before
 from avl_fx.observe import Observer, observing
 from avl_fx.options import parse_options
 from avl_fx.plan import Plan
@@ -79,7 +78,8 @@ def calibrate(
     Args:
         model: any vision-language model whose decoder `avl_fx.compile` captures as one graph.
         batches: keyword arguments of ``model(...)``, one mapping a batch; each holds visual tokens. A generator may
-            yield inside ``with avl_fx.modality_ids(ids):`` where the model does not show which they are.
+            yield inside ``with avl_fx.modality_ids(ids):`` where the model does not show which they are. It is closed
+            at the end.
         epsilon: target 1, the rule of the paper: walks the layers once; a layer whose divergence from the layer before
             is below this (nats) joins its block. Notices no drift within a block.
         lazy_share: target 2: so large a share of all decoder layers is lazy, or just more; ``0 < share < 1``.
@@ -191,8 +191,12 @@ def _watch(
     seen = 0
     sizes = [limit, len(batches) if isinstance(batches, Sized) else None]
     total = min((size for size in sizes if size is not None), default=None)
-    with _instrumented(model, compiler) as observer, given_as_before(), _bar(progress, total, done) as step:
-        for number, batch in enumerate(itertools.islice(batches, limit)):
+    with (
+        _instrumented(model, compiler) as observer,
+        _drawn(batches) as drawn,
+        _bar(progress, total, done) as step,
+    ):
+        for number, batch in enumerate(itertools.islice(drawn, limit)):
             seen += 1
             if number < done:
                 continue
@@ -222,6 +226,20 @@ def _instrumented(model: nn.Module, compiler: str) -> Iterator[Observer]:
     with left_untouched(model), _compat.fresh_compilation(backend), torch.no_grad(), observing() as observer:
         regions.compile(model, options=options, **_compat.isolation())
         yield observer
+
+
+@contextlib.contextmanager
+def _drawn(batches: Iterable[Mapping[str, Any]]) -> Iterator[Iterator[Mapping[str, Any]]]:
+    """An iterator over ``batches``; a generator is closed behind it.
+
+    One that is left inside `modality_ids` would take back the positions of somebody else when it is collected.
+    """
+    drawn = iter(batches)
+    try:
+        yield drawn
+    finally:
+        if isinstance(drawn, Generator):
+            drawn.close()
 
 
 @contextlib.contextmanager

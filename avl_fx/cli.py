@@ -334,7 +334,7 @@ def _show_calibration(report: CalibrationReport, output: Path | None) -> None:
     _print(table)
     savings, ratios = report.savings, report.ratios
     facts = [
-        ("seen", f"{report.samples} prompts in {report.batches} batches"),
+        ("seen", f"{count(report.samples, 'prompt')} in {count(report.batches, 'batch')}"),
         ("lazy", f"{savings.lazy_layers} of {count(savings.layers, 'layer')}, {report.cost:.4g} nats in all"),
         ("KV bytes", f"{savings.kv_bytes_before} -> {savings.kv_bytes_after} a token"),
         ("linear calls", f"{savings.linears_before} -> {savings.linears_after} a forward"),

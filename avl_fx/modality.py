@@ -22,7 +22,6 @@ __all__ = [
     "attach",
     "carried",
     "given",
-    "given_as_before",
     "given_keys",
     "given_rows",
     "modality_ids",
@@ -67,19 +66,6 @@ def modality_ids(ids: Tensor) -> Iterator[None]:
         yield
     finally:
         _given.reset(token)
-
-
-@contextlib.contextmanager
-def given_as_before() -> Iterator[None]:
-    """Whatever positions are given inside the block, afterwards those from before it are.
-
-    For code that draws from a caller's iterator: one that yields inside `modality_ids` may never be drawn from again.
-    """
-    before = _given.get()
-    try:
-        yield
-    finally:
-        _given.set(before)
 
 
 def visual_from_ids(ids: Any) -> Tensor:

@@ -22,6 +22,7 @@ from avl_fx._targets import Target
 from avl_fx.calibrate import calibrated
 from avl_fx.calibration_report import CalibrationReport, Ratios
 from avl_fx.errors import CalibrationError, OptionError
+from avl_fx.modality import given
 from avl_fx.passes.context import ObservedLayer
 from avl_fx.plan import Plan
 from avl_fx.similarity import MASSES, Statistics, concentration, divergences, share_holding
@@ -81,14 +82,14 @@ def test_sums_of_two_sittings_are_those_of_one() -> None:
     made = [{n: torch.rand(2, 3, 7, generator=generator).softmax(-1) for n in range(3)} for _ in range(4)]
     visual = spans(".###...", "..#####")
     whole = Statistics.empty(3)
-    for given in made:
-        whole.add(given, (), visual, 7)
+    for layers in made:
+        whole.add(layers, (), visual, 7)
     half = Statistics.empty(3)
-    for given in made[:2]:
-        half.add(given, (), visual, 7)
+    for layers in made[:2]:
+        half.add(layers, (), visual, 7)
     half = Statistics.of(half.samples, {name: tensor.clone() for name, tensor in half.tensors().items()})
-    for given in made[2:]:
-        half.add(given, (), visual, 7)
+    for layers in made[2:]:
+        half.add(layers, (), visual, 7)
     assert half.samples == whole.samples == 8
     assert all(tensor.equal(half.tensors()[name]) for name, tensor in whole.tensors().items())
 
@@ -123,9 +124,12 @@ def model_of(name: str) -> nn.Module:
     return get(name).make()
 
 
-def batches_of(zoo: ZooModel, model: nn.Module, count: int = 3) -> list[dict[str, Tensor]]:
-    """Batches of one to three rows: other lengths, other padding."""
-    return [zoo.inputs(model, 1 + n % 3, seed=n) for n in range(count)]
+SIZES = {"llava": (1, 2, 3), "qwen2_5_vl": (2,), "gemma3": (1, 2)}
+"""Rows of each batch: other rows make other lengths and other padding."""
+
+
+def batches_of(zoo: ZooModel, model: nn.Module) -> list[dict[str, Tensor]]:
+    return [zoo.inputs(model, rows, seed=n) for n, rows in enumerate(SIZES[zoo.name])]
 
 
 def eager(zoo: ZooModel, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -147,15 +151,11 @@ def eager(zoo: ZooModel, model: nn.Module, batches: Iterable[dict[str, Tensor]])
     return matrix / samples, mass / seen
 
 
-COUNTS = {"llava": 3, "qwen2_5_vl": 2, "gemma3": 2}
-"""Batches of each model: the first two are of one and two rows, the third of three."""
-
-
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", SIZES)
 def test_divergences_and_masses_are_those_of_an_eager_run(name: str) -> None:
     zoo, model = get(name), model_of(name)
     found = report_of(name)
-    matrix, mass = eager(zoo, model, batches_of(zoo, model, COUNTS[name]))
+    matrix, mass = eager(zoo, model, batches_of(zoo, model))
     for a, kind in enumerate(zoo.attention_kinds):
         for b, other in enumerate(zoo.attention_kinds):
             if kind == other:
@@ -163,14 +163,14 @@ def test_divergences_and_masses_are_those_of_an_eager_run(name: str) -> None:
             else:
                 assert found.matrix[a][b] == INF
     assert [layer.visual_mass for layer in found.layers] == pytest.approx(mass.tolist(), abs=1e-5)
-    assert (found.batches, found.samples) == {2: (2, 3), 3: (3, 6)}[COUNTS[name]]
+    assert (found.batches, found.samples) == (len(SIZES[name]), sum(SIZES[name]))
     assert [layer.kind for layer in found.layers] == list(zoo.attention_kinds)
 
 
 @cache
 def report_of(name: str, share: float = 0.25) -> CalibrationReport:
     zoo, model = get(name), model_of(name)
-    return calibrated(model, batches_of(zoo, model, COUNTS[name]), {"lazy_share": share}, vision=True)
+    return calibrated(model, batches_of(zoo, model), {"lazy_share": share}, vision=True)
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
@@ -232,7 +232,7 @@ def test_every_target_finds_layers_that_attend_alike(tmp_path: Path) -> None:
     zoo = get("llava")
     model = zoo.make()
     plant(zoo, model, 1, 3)
-    batches = batches_of(zoo, model, 2)
+    batches = batches_of(zoo, model)[:2]
     saved = tmp_path / "state"  # one run answers all
     plans = [avl_fx.calibrate(model, batches, state=saved, **target) for target in TARGETS]
     assert {plan.lazy_policy.blocks for plan in plans} == {((1, 3),)}
@@ -288,6 +288,15 @@ def test_a_generator_may_name_the_visual_positions() -> None:
     found = tiny_report()
     assert (found.batches, found.samples, found.blocks) == (2, 4, ((0, 1),))
     assert found.layers[0].visual_mass is not None
+
+
+def test_a_generator_that_is_left_early_takes_nothing_back_later() -> None:
+    batches = told(tiny_batches(3))
+    calibrated(tiny(), batches, {"epsilon": 1.0}, limit=1)
+    assert given() is None
+    with avl_fx.modality_ids(spans("#")):
+        batches.close()
+        assert given() is not None
 
 
 def test_limit_and_mode() -> None:
