@@ -18,7 +18,7 @@ import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -208,9 +208,12 @@ class Partition:
         behind = [(max(start, cut), end) for start, end in visual if end > cut]
         return [*before, *behind, (self.length, _END)]
 
-    @property
+    @cached_property
     def visual_segments(self) -> Tensor | None:
-        """All visual rows; int64 ``[B, MAX_SEGMENTS, 2]``. ``None``: more ranges in a batch row than that."""
+        """All visual rows; int64 ``[B, MAX_SEGMENTS, 2]``. ``None``: more ranges in a batch row than that.
+
+        Kept, for each step asks: where rows are visual does not change while a state lives.
+        """
         runs = _runs(self.slots, (self.slots >= 0).sum(1))
         return None if max(map(len, runs)) > MAX_SEGMENTS else _segments(runs).to(self.slots.device)
 
