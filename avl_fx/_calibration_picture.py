@@ -70,7 +70,10 @@ def _heat_map(figure: Any, axes: Any, report: CalibrationReport) -> None:
     figure.colorbar(image, ax=axes, shrink=0.72, label="Jensen-Shannon divergence (nats)")
     for first, last in report.blocks:
         size = last - first + 1
-        axes.add_patch(Rectangle((first - 0.5, first - 0.5), size, size, fill=False, edgecolor=_BLOCK, linewidth=2.2))
+        corner = (first - 0.5, first - 0.5)
+        # Not clipped: a block may end where the picture does.
+        outline = Rectangle(corner, size, size, fill=False, edgecolor=_BLOCK, linewidth=2.2, clip_on=False)
+        axes.add_patch(outline)
     if layers <= 12:
         _numbers(axes, shown, highest)
     _layer_ticks(axes.xaxis, layers)
