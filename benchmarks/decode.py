@@ -95,8 +95,10 @@ def bandwidth() -> float:
     return best
 
 
-def measure(model: Any, everyone: Contenders, batch: int, visual: int, steps: int) -> dict[str, Any]:
-    """One cell of the grid."""
+def in_turns(
+    model: Any, everyone: Contenders, batch: int, visual: int, steps: int
+) -> tuple[dict[str, list[float]], dict[str, list[Tensor]]]:
+    """Seconds of all timed steps, and logits of the last round, by contender."""
     seconds: dict[str, list[float]] = {name: [] for name in everyone}
     logits: dict[str, list[Tensor]] = {}
     for _ in range(ROUNDS):
@@ -106,6 +108,12 @@ def measure(model: Any, everyone: Contenders, batch: int, visual: int, steps: in
             logits[name] = [out for _, out in run]
             del run
             gc.collect()
+    return seconds, logits
+
+
+def measure(model: Any, everyone: Contenders, batch: int, visual: int, steps: int) -> dict[str, Any]:
+    """One cell of the grid."""
+    seconds, logits = in_turns(model, everyone, batch, visual, steps)
     with avl_oracle(
         model,
         visual_positions(batch, visual),

@@ -11,7 +11,6 @@ of the tests.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -28,12 +27,23 @@ from avl_fx.kernels.partitioned_decode.schema import partitioned_decode
 from benchmarks._decoding import PLAN, REFRESH, TEXT, visual_positions
 from benchmarks._models import llava
 from benchmarks._report import console, save, summary
-from benchmarks.decode import BATCHES, KV_HEADS, LAYERS, NEAR_TIE, TOLERANCE, VISUAL, WARM_UP, Contenders, decode
+from benchmarks.decode import (
+    BATCHES,
+    KV_HEADS,
+    LAYERS,
+    NEAR_TIE,
+    TOLERANCE,
+    VISUAL,
+    WARM_UP,
+    Contenders,
+    decode,
+    in_turns,
+)
 from tests.oracle.avl import avl_oracle
 from tests.oracle.lazy import lazy_oracle
 
 BLOCKS = [(0, 3), (4, 7)]
-HEADS, HEAD_DIM, ROUNDS = 12, 64, 2
+HEADS, HEAD_DIM = 12, 64
 CALLS = 40
 """Of each way of attending, after a few to warm up."""
 
@@ -109,15 +119,7 @@ def expected(model: Any, name: str, batch: int, visual: int, steps: int) -> list
 
 def steps_of(model: Any, everyone: Contenders, batch: int, visual: int, steps: int) -> dict[str, Any]:
     """Whole decode steps: one cell of the grid."""
-    seconds: dict[str, list[float]] = {name: [] for name in everyone}
-    logits: dict[str, list[Tensor]] = {}
-    for _ in range(ROUNDS):
-        for name, contender in everyone.items():
-            run = list(decode(model, contender, batch, visual, WARM_UP + steps))
-            seconds[name] += [took for took, _ in run[WARM_UP:]]
-            logits[name] = [out for _, out in run]
-            del run
-            gc.collect()
+    seconds, logits = in_turns(model, everyone, batch, visual, steps)
     differences = {}
     for name in list(everyone)[1:]:
         wanted = expected(model, name, batch, visual, WARM_UP + 2)
