@@ -22,9 +22,9 @@ from rich.table import Table
 from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
-from .data import Question, by_image, load_questions, open_image, shuffled_partner
+from .data import Question, by_image, easy_vqa_dir, load_questions, open_image, shuffled_partner
 from .model import ADAPTER, load_petite_vlm
-from .parts import LANGUAGE, QUESTIONS, VISION, easy_vqa_dir, sha256_of
+from .parts import LANGUAGE, QUESTIONS, VISION, sha256_of
 from .processor import PetiteProcessor
 
 console = Console()

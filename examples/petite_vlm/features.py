@@ -17,7 +17,7 @@ from .processor import to_pixels
 COUNTS = {"train": 4000, "test": 1000}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
     """What the projector of the stock model is given: [B, 3, S, S] -> [B, (S/14)^2, 384]; the CLS token is dropped."""
     hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states

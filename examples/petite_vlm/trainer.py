@@ -6,13 +6,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -20,6 +19,7 @@ from transformers import LlavaForConditionalGeneration
 
 from .lora import LoRALinear, add_lora
 from .packing import Encoded, loss_and_hits, pack, packed_logits
+from .sources import Source
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Recipe:
     cooldown: int = 70  # last steps, over which the rate also falls linearly to zero
     clip: float = 1.0
     seed: int = 0
+    data: str = "easy_vqa:1"  # data sets and their shares of the images
+    image_size: int = 168  # pixels
+    start: str = ""  # sha256 of the adapter that this one goes on from
 
     def rate(self, step: int) -> float:
         """Factor on the learning rates at a step: linear warm-up, a slow cosine, a linear end."""
@@ -47,12 +50,12 @@ class Recipe:
         return cosine * min(1.0, (self.steps - step) / max(1, self.cooldown))
 
 
-def init_projector(projector: nn.Module, features: np.ndarray, target_std: float) -> None:
+def init_projector(projector: nn.Module, features: torch.Tensor, target_std: float) -> None:
     """Start where the decoder can read: inputs standardised by channel, outputs as large as word embeddings.
 
     `features` [N, tokens, width] is a sample of what will come in. The standardisation is folded into `linear_1`.
     """
-    sample = torch.from_numpy(features.astype(np.float32)).flatten(0, 1)
+    sample = features.float().cpu().flatten(0, 1)
     mean, std = sample.mean(0), sample.std(0) + 1e-6
     first, second = projector.linear_1, projector.linear_2
     with torch.no_grad():
@@ -64,25 +67,28 @@ def init_projector(projector: nn.Module, features: np.ndarray, target_std: float
 
 
 class Trainer:
-    """Trains `model` in place on groups of encoded questions (one group an image)."""
+    """Trains `model` in place on the rows of a `Source`."""
 
     def __init__(
         self,
         model: LlavaForConditionalGeneration,
         recipe: Recipe,
-        groups: Sequence[Sequence[Encoded]],
-        features: np.ndarray,
-        prefix: Sequence[int],
+        source: Source,
         workers: int = 1,
+        start: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
+        """``start``: the tensors of an adapter file to go on from; its rank must be the recipe's.
+
+        Raises:
+            ValueError: the file's tensors are not those that this recipe trains.
+        """
         # On a CPU that others use too, workers of one thread each beat one worker of several threads by far: OpenMP
         # waits for its slowest thread after every matrix product, workers wait once a step.
         self.workers = min(workers, recipe.images_per_step)
         self.pool: ThreadPoolExecutor | None = None
         if self.workers > 1:
             self.pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
-        self.model, self.recipe, self.features, self.prefix = model, recipe, features, prefix
-        self.groups = [group for group in groups if len(group) > 1]
+        self.model, self.recipe, self.source = model, recipe, source
         self.image_token_id = model.config.image_token_id
         self.step = 0
         self.curve: list[dict[str, float]] = []
@@ -90,8 +96,11 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         model.requires_grad_(False)
         self.projector = model.model.multi_modal_projector.requires_grad_(True)
-        init_projector(self.projector, features[:256], float(model.get_input_embeddings().weight.std()))
+        if start is None:
+            init_projector(self.projector, source.sample(), float(model.get_input_embeddings().weight.std()))
         self.adapters: dict[str, LoRALinear] = add_lora(model.model.language_model, recipe.rank, recipe.lora_scale)
+        if start is not None:
+            self._go_on_from(start)
         lora = [p for adapter in self.adapters.values() for p in (adapter.A, adapter.B)]
         self.optimizer = torch.optim.AdamW(
             [
@@ -106,28 +115,11 @@ class Trainer:
         """The trained parameters."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def rows_of(self, step: int) -> list[Sequence[Encoded]]:
-        """The groups of a step, a pure function of seed and step: resuming needs no sampler state."""
-        per_step, cap = self.recipe.images_per_step, self.recipe.questions_per_image
-        rows: list[Sequence[Encoded]] = []
-        for number in range(step * per_step, (step + 1) * per_step):
-            epoch, place = divmod(number, len(self.groups))
-            generator = torch.Generator().manual_seed(self.recipe.seed * 100_003 + epoch)
-            group = self.groups[int(torch.randperm(len(self.groups), generator=generator)[place])]
-            # Images with more questions than fit show another window of them in every epoch.
-            shift = epoch % len(group)
-            rows.append((*group[shift:], *group[:shift])[:cap])
-        return rows
-
-    def features_of(self, rows: Sequence[Sequence[Encoded]]) -> torch.Tensor:
-        """[R, image tokens, width] float32 features of the images of some rows."""
-        images = [row[0].question.image for row in rows]
-        return torch.from_numpy(self.features[images].astype(np.float32)).to(self.model.device)
-
     def gradients(self, rows: Sequence[Sequence[Encoded]]) -> tuple[float, torch.Tensor, int, tuple[torch.Tensor, ...]]:
         """Of some rows: summed loss, hits [Q] bool, number of answer tokens, gradients of the summed loss."""
-        batch = pack(rows, self.prefix, self.model.device)
-        logits = packed_logits(self.model, batch, self.features_of(rows), self.image_token_id)
+        batch = pack(rows, self.source.prefix, self.model.device)
+        features = self.source.features_of(rows).to(self.model.device)
+        logits = packed_logits(self.model, batch, features, self.image_token_id)
         loss, hits = loss_and_hits(logits, batch)
         total = loss * len(batch.targets)
         return total.item(), hits, len(batch.targets), torch.autograd.grad(total, self.parameters())
@@ -136,7 +128,7 @@ class Trainer:
         """One optimiser step; returns what was measured."""
         began = time.perf_counter()
         # Longest first, so that every worker gets rows of like length and pads little.
-        rows = sorted(self.rows_of(self.step), key=lambda row: -sum(len(item.suffix) for item in row))
+        rows = sorted(self.source.rows_of(self.step), key=lambda row: -sum(len(item.suffix) for item in row))
         if self.pool is None:
             shares = [self.gradients(rows)]
         else:
@@ -161,11 +153,27 @@ class Trainer:
         self.curve.append(point)
         return point
 
+    def _named(self) -> dict[str, nn.Parameter]:
+        """What is trained, by the names of the adapter file."""
+        found = {f"lora.{name}.{leaf}": getattr(a, leaf) for name, a in self.adapters.items() for leaf in ("A", "B")}
+        return found | {f"projector.{name}": p for name, p in self.projector.named_parameters()}
+
+    def _go_on_from(self, start: Mapping[str, torch.Tensor]) -> None:
+        named = self._named()
+        wrong = [n for n in named.keys() | start.keys() if n not in named or n not in start]
+        wrong += [n for n in named.keys() & start.keys() if named[n].shape != start[n].shape]
+        if wrong:
+            raise ValueError(
+                f"the adapter to go on from differs in {len(wrong)} tensors, for example {min(wrong)}: it is of "
+                "another model or another rank. Choose the rank that it was trained with."
+            )
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(start[name])
+
     def adapter_tensors(self) -> dict[str, torch.Tensor]:
         """The trained tensors by the names of the adapter file, float32 on the CPU."""
-        found = {f"lora.{name}.{leaf}": getattr(a, leaf) for name, a in self.adapters.items() for leaf in ("A", "B")}
-        found |= {f"projector.{name}": p for name, p in self.projector.named_parameters()}
-        return {name: p.detach().float().cpu().contiguous() for name, p in found.items()}
+        return {name: p.detach().float().cpu().contiguous() for name, p in self._named().items()}
 
     def export(self, path: Path) -> None:
         """Write the adapter, rounded to float16, atomically."""
@@ -215,19 +223,22 @@ class Trainer:
 @torch.inference_mode()
 def teacher_forced_accuracy(
     model: LlavaForConditionalGeneration,
-    groups: Sequence[Sequence[Encoded]],
-    features: np.ndarray,
+    rows: Sequence[Sequence[Encoded]],
+    features_of: Callable[[Sequence[Sequence[Encoded]]], torch.Tensor],
     prefix: Sequence[int],
-    images: dict[int, int] | None = None,
     rows_at_once: int = 8,
-) -> float:
-    """Share of questions that greedy decoding would answer; `images` replaces image numbers (the shuffled control)."""
+) -> tuple[float, float]:
+    """Share of questions that greedy decoding would answer, and of answer tokens that it would choose.
+
+    `features_of` gives what is seen with some rows: of their own pictures, or of others (the shuffled control).
+    """
     hits: list[torch.Tensor] = []
-    for start in range(0, len(groups), rows_at_once):
-        rows = groups[start : start + rows_at_once]
-        numbers = [row[0].question.image for row in rows]
-        seen = [images[n] if images else n for n in numbers]
-        batch = pack(rows, prefix, model.device)
-        vision = torch.from_numpy(features[seen].astype(np.float32)).to(model.device)
-        hits.append(loss_and_hits(packed_logits(model, batch, vision, model.config.image_token_id), batch)[1].cpu())
-    return torch.cat(hits).float().mean().item()
+    right: list[torch.Tensor] = []
+    for start in range(0, len(rows), rows_at_once):
+        some = rows[start : start + rows_at_once]
+        batch = pack(some, prefix, model.device)
+        vision = features_of(some).to(model.device)
+        logits = packed_logits(model, batch, vision, model.config.image_token_id)
+        hits.append(loss_and_hits(logits, batch)[1].cpu())
+        right.append((logits.argmax(-1) == batch.targets).cpu())
+    return torch.cat(hits).float().mean().item(), torch.cat(right).float().mean().item()

