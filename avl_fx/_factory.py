@@ -15,8 +15,9 @@ from torch import nn
 
 from avl_fx._messages import near_miss, quote, show
 from avl_fx.errors import OptionError
+from avl_fx.evaluate import EvaluationTask
 
-__all__ = ["call_calibration_factory", "call_factory"]
+__all__ = ["call_calibration_factory", "call_evaluation_factory", "call_factory"]
 
 _FIELD = "--factory"
 
@@ -63,6 +64,22 @@ def call_calibration_factory(spec: str, paths: list[Path] | None = None) -> tupl
             f"{quote(spec)} must return (model, batches), it returned {show(made)}",
             field=_FIELD,
             remedy="return a torch.nn.Module and an iterable of dicts of its keyword arguments",
+        )
+    return made
+
+
+def call_evaluation_factory(spec: str) -> tuple[nn.Module, EvaluationTask]:
+    """Import and call ``spec``, which takes nothing and returns ``(model, task)``.
+
+    Raises:
+        OptionError: as `call_factory`.
+    """
+    made = _function(spec, "(model, task)")()
+    if not _is_pair(made) or not isinstance(made[1], EvaluationTask):
+        raise OptionError(
+            f"{quote(spec)} must return (model, task), it returned {show(made)}",
+            field=_FIELD,
+            remedy="return a torch.nn.Module and an avl_fx.EvaluationTask",
         )
     return made
 

@@ -1,4 +1,4 @@
-"""The command line: ``avl env``, ``avl plan show|check|make``, ``avl explain``, ``avl calibrate``."""
+"""The command line: ``avl env``, ``avl plan show|check|make``, ``avl explain``, ``avl calibrate``, ``avl eval``."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from avl_fx import __version__, env_report
-from avl_fx._factory import call_calibration_factory, call_factory
+from avl_fx._factory import call_calibration_factory, call_evaluation_factory, call_factory
 from avl_fx._messages import quote
 from avl_fx._table import ascii_table, cell
 from avl_fx._targets import Target
@@ -21,6 +21,7 @@ from avl_fx._words import count, percent, ranges
 from avl_fx.calibrate import calibrated
 from avl_fx.calibration_report import CalibrationReport
 from avl_fx.errors import AvlError, CalibrationError, OptionError, PlanError
+from avl_fx.evaluate import evaluate
 from avl_fx.explain import FRONT_DOORS, explain
 from avl_fx.plan import Plan
 
@@ -346,6 +347,59 @@ def _show_calibration(report: CalibrationReport, output: Path | None) -> None:
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         _print(Text(f" {name:{width}}", style="dim"), cell(f"  {value}"))
+
+
+# ---- eval --------------------------------------------------------------------------------------------------------
+
+
+@app.command("eval")
+def eval_command(
+    factory: Annotated[
+        str,
+        typer.Option(
+            "--factory",
+            "-f",
+            metavar="MODULE:FUNCTION",
+            help="Function without arguments that returns (model, EvaluationTask); also FILE.py:FUNCTION.",
+        ),
+    ],
+    plans: Annotated[
+        list[str] | None,
+        typer.Option("--plan", "-p", metavar="[NAME=]PLAN", help="Plan file or preset; may be repeated."),
+    ] = None,
+    compact: Annotated[bool, typer.Option("--compact", help="Run plans on an AVLCache.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", help="Batches to answer at most.")] = None,
+    compiler: Annotated[str, typer.Option("--compiler", help="eager, aot_eager or inductor.")] = "eager",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for answers, table and picture; a second run goes on.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Answer questions dense and under plans, and compare: avl eval -f my_models.py:llava -p plan.json -o evaluation
+
+    Exit code 2 when the request is wrong.
+    """
+    with _one_line_errors(debug):
+        named = _named_plans(plans or [])
+        model, task = call_evaluation_factory(factory)
+        report = evaluate(model, task, named, compiler=compiler, compact=compact, output=output, limit=limit)
+    typer.echo(report.to_json() if as_json else str(report), nl=False)
+
+
+def _named_plans(given: list[str]) -> dict[str, Plan]:
+    """``NAME=PLAN`` or ``PLAN``, whose name is then that of the file."""
+    found: dict[str, Plan] = {}
+    for text in given:
+        name, equals, plan = text.partition("=")
+        plan = plan if equals else text
+        name = name if equals else Path(text).stem
+        if name in found:
+            raise OptionError(f"two plans are called {quote(name)}", field="--plan", remedy="name them: NAME=PLAN")
+        found[name] = Plan.resolve(plan)
+    if not found:
+        raise OptionError("no plan was given", field="--plan", remedy="give at least one, for example -p plan.json")
+    return found
 
 
 # ---- output ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ __all__ = [
     "CacheStateError",
     "CalibrationError",
     "CaptureError",
+    "EvaluationError",
     "InternalError",
     "ModalityError",
     "OptionError",
@@ -116,6 +117,10 @@ class ModalityError(AvlError):
 
 class CalibrationError(AvlError):
     """Nothing can be learned from a batch, a set of images or a saved state, or a target cannot be reached."""
+
+
+class EvaluationError(AvlError):
+    """An evaluation has nothing to compare, or belongs to another run."""
 
 
 class InternalError(AvlError):

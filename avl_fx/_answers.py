@@ -1,0 +1,154 @@
+"""Greedy answers of a contender to one batch, and how far its choices are from the dense model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from avl_fx.contenders import Contender
+from avl_fx.errors import EvaluationError
+from avl_fx.savings import cache_bytes
+
+__all__ = ["TOP", "Answers", "DenseAnswers", "answers", "dense_answers"]
+
+TOP = 64
+"""Tokens whose probabilities are compared one by one; all others count as one."""
+
+
+@dataclass(frozen=True)
+class DenseAnswers:
+    """What the dense model answered to a batch, and how sure it was. On the CPU."""
+
+    tokens: Tensor
+    """int64 ``[rows, steps]``"""
+    lengths: tuple[int, ...]
+    """Tokens of each row that count: up to its end token, included."""
+    top: Tensor
+    """The `TOP` most likely tokens at each step: int64 ``[steps, rows, TOP]``."""
+    log_probabilities: Tensor
+    """Of these, float32."""
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a contender answered to a batch; one entry a row."""
+
+    tokens: Tensor
+    """int64 ``[rows, steps]``, on the CPU"""
+    divergence: tuple[float, ...]
+    """Mean Kullback-Leibler divergence from the dense model over the tokens of the dense answer (nats), each after the
+    dense tokens before it. Over the `TOP` most likely tokens and the rest as one: never more than over all."""
+    agreement: tuple[float, ...]
+    """Share of the dense answer's tokens that it would choose as well, after the dense tokens before them."""
+    cache_bytes: int
+    """Of the cache at the end of its own answer."""
+
+
+def dense_answers(model: Any, contender: Contender, inputs: Mapping[str, Any], max_new_tokens: int) -> DenseAnswers:
+    """Greedy answers of the model itself."""
+    listener = _Listener()
+    tokens, cache = _generate(model, contender, inputs, max_new_tokens, listener)
+    lengths = _lengths(model, tokens)
+    return DenseAnswers(tokens, lengths, torch.stack(listener.top), torch.stack(listener.found), cache)
+
+
+def answers(
+    model: Any, contender: Contender, inputs: Mapping[str, Any], max_new_tokens: int, dense: DenseAnswers
+) -> Answers:
+    """Greedy answers of ``contender``; and, where they differ from the dense ones, a second run along those."""
+    listener = _Listener(dense)
+    tokens, cache = _generate(model, contender, inputs, max_new_tokens, listener)
+    if any(tokens[row, :length].tolist() != dense.tokens[row, :length].tolist() for row, length in _rows(dense)):
+        listener = _Listener(dense, forced=True)
+        _generate(model, contender, inputs, dense.tokens.shape[1], listener)
+    divergence, agreement = [], []
+    for row, length in _rows(dense):
+        terms = [_divergence(dense, listener, step, row) for step in range(length)]
+        divergence.append(sum(terms) / length)
+        agreement.append(
+            sum(int(listener.chosen[step][row] == dense.tokens[row, step]) for step in range(length)) / length
+        )
+    return Answers(tokens, tuple(divergence), tuple(agreement), cache)
+
+
+class _Listener:
+    """Notes what the model thinks of the next token; with ``forced`` it then says what the dense model said."""
+
+    def __init__(self, dense: DenseAnswers | None = None, forced: bool = False) -> None:
+        self.dense, self.forced = dense, forced
+        self.top: list[Tensor] = []
+        self.found: list[Tensor] = []
+        """float32 ``[rows, TOP]`` a step."""
+        self.chosen: list[Tensor] = []
+        """int64 ``[rows]`` a step."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = len(self.found)
+        probabilities = scores.float().log_softmax(-1)
+        self.chosen.append(scores.argmax(-1).cpu())
+        if self.dense is None:
+            found, top = probabilities.topk(min(TOP, scores.shape[-1]), dim=-1)
+            self.top.append(top.cpu())
+        elif step < len(self.dense.top):
+            found = probabilities.gather(-1, self.dense.top[step].to(scores.device))
+        else:  # its own answer is longer
+            found = probabilities[:, :1]
+        self.found.append(found.cpu())
+        if not self.forced:
+            return scores
+        assert self.dense is not None
+        said = self.dense.tokens[:, step].to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(-1, said[:, None], 0.0)
+
+
+def _generate(
+    model: Any, contender: Contender, inputs: Mapping[str, Any], max_new_tokens: int, listener: _Listener
+) -> tuple[Tensor, int]:
+    """New tokens int64 ``[rows, steps]`` on the CPU, and the bytes of the cache behind them."""
+    from transformers import LogitsProcessorList
+
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "return_dict_in_generate": True,
+        "logits_processor": LogitsProcessorList([listener]),
+    }
+    if contender.cache is not None:
+        settings["past_key_values"] = contender.cache(model)
+    with contender.around(model, inputs) as used:
+        out = model.generate(**{**used, **settings})
+    steps = len(listener.found)
+    cache = out.get("past_key_values")
+    return out.sequences[:, out.sequences.shape[1] - steps :].cpu(), 0 if cache is None else cache_bytes(cache)
+
+
+def _rows(dense: DenseAnswers) -> list[tuple[int, int]]:
+    return list(enumerate(dense.lengths))
+
+
+def _lengths(model: nn.Module, tokens: Tensor) -> tuple[int, ...]:
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    known = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    lengths = []
+    for row in tokens.tolist():
+        lengths.append(next((step + 1 for step, token in enumerate(row) if token in known), len(row)))
+    return tuple(lengths)
+
+
+def _divergence(dense: DenseAnswers, listener: _Listener, step: int, row: int) -> float:
+    """KL over `TOP` tokens and the rest, nats."""
+    p, q = dense.log_probabilities[step, row].double(), listener.found[step][row].double()
+    if not torch.isfinite(q).any():
+        raise EvaluationError(
+            f"the logits of step {step} are not finite", field="model", remedy="check its dtype and the plan"
+        )
+    rest = [(1 - part.exp().sum()).clamp_min(1e-12) for part in (p, q)]
+    kept = torch.isfinite(p)
+    terms = p[kept].exp() * (p[kept] - q[kept].clamp_min(-700))
+    return max(0.0, (terms.sum() + rest[0] * (rest[0] / rest[1]).log()).item())
