@@ -62,12 +62,24 @@ def test_rows_that_somebody_sees_are_never_written():
 
 
 def test_a_cropped_cache_is_copied_with_its_strides():
-    view = appended(reserve(rows()), rows(1, 1))
+    """Also where a buffer for so few rows would be smaller: the graph was compiled for these strides."""
+    view = appended(reserve(rows(70)), rows(1, 1))
     cropped = view[:, :, :3]
     grown = appended(cropped, rows(1, 2))
+    assert reserve(cropped).stride() != view.stride()
     assert grown.stride() == view.stride()
-    assert torch.equal(grown, torch.cat([rows()[:, :, :3], rows(1, 2)], 2))
-    assert torch.equal(view, torch.cat([rows(), rows(1, 1)], 2))
+    assert torch.equal(grown, torch.cat([rows(70)[:, :, :3], rows(1, 2)], 2))
+    assert torch.equal(view, torch.cat([rows(70), rows(1, 1)], 2))
+
+
+def test_a_view_whose_memory_was_exchanged_has_no_room_there():
+    """Offloading assigns to `tensor.data`; the attribute stays, the memory is somebody else's."""
+    other = reserve(rows(seed=1))
+    shown = appended(other, rows(1, 2))
+    view = reserve(rows())
+    view.data = other.data
+    assert torch.equal(appended(view, rows(1, 3)), torch.cat([rows(seed=1), rows(1, 3)], 2))
+    assert torch.equal(shown, torch.cat([rows(seed=1), rows(1, 2)], 2))
 
 
 def test_a_deep_copy_has_a_buffer_of_its_own():

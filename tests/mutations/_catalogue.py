@@ -686,7 +686,7 @@ MUTATIONS: list[Mutation] = [
             "leave the values of lazy layers where they were",
             "if layer.scores_from == anchor.layer:",
             "if layer.layer == anchor.layer:",
-            f"{AVL} -k 'oracle and torch.compile-dynamic-1-window-lazy'",
+            "tests/e2e/test_avl.py -k llava-avl_fx.compile-static-1-window-lazy",
         ),
         ("never pick core anew", "if partition.refreshes and", "if False and", f"{AVL} -k 'oracle and mistral3'"),
         ("start a second turn from nothing", "if before is not None:", "if False:", f"{AVL} -k second_turn"),

@@ -142,7 +142,8 @@ def _copy(root: Path, mutation: Mutation | None) -> Path:
     shutil.copytree(ROOT / "avl_fx", root / "avl_fx", ignore=_SKIP)
     for name in ("passes", "kernels"):
         shutil.copytree(ROOT / name, root / "avl_fx" / name, ignore=_SKIP)
-    shutil.copytree(ROOT / "tests", root / "tests", ignore=_SKIP)
+    for name in ("tests", "benchmarks"):  # tests use models of the benchmarks
+        shutil.copytree(ROOT / name, root / name, ignore=_SKIP)
     shutil.copy(ROOT / "pyproject.toml", root)
     if mutation is not None:
         file = root / mutation.file if mutation.file.startswith("avl_fx/") else root / "avl_fx" / mutation.file

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -36,6 +39,39 @@ def test_its_tests_exist(mutation: Mutation) -> None:
     files = [argument for argument in mutation.tests if argument.startswith("tests/")]
     assert files
     assert all((ROOT / file).is_file() for file in files)
+
+
+def option(mutation: Mutation, name: str) -> str:
+    """What follows ``-k`` or ``-m`` in its arguments."""
+    arguments = (*mutation.tests, "")
+    return arguments[arguments.index(name) + 1] if name in arguments else ""
+
+
+@pytest.mark.parametrize("marks", sorted({option(m, "-m") for m in MUTATIONS}), ids=lambda marks: marks or "all")
+def test_each_selects_a_test(marks: str) -> None:
+    """A selection that has lost its tests, because they were renamed, would notice nothing."""
+    mine = [m for m in MUTATIONS if option(m, "-m") == marks]
+    files = sorted({argument for m in mine for argument in m.tests if argument.startswith("tests/")})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", marks, *files]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    collected = [line.lower() for line in said.splitlines() if "::" in line]
+    for mutation in mine:
+        words = re.split(r"([\s()]+)", option(mutation, "-k").lower())
+        there = [m.lower() for m in mutation.tests if m.startswith("tests/")]
+        candidates = [test for test in collected if any(test.startswith(file.split("::")[0]) for file in there)]
+        # Words are looked for in the names, as -k does; what stands between them is Python.
+        chosen = [
+            test
+            for test in candidates
+            if eval(
+                "".join(
+                    w if not w.strip() or w in ("and", "or", "not") or set(w) <= set("() ") else str(w in test)
+                    for w in words
+                )
+                or "True"
+            )
+        ]
+        assert chosen, identify(mutation)
 
 
 def test_every_pass_has_at_least_two() -> None:
