@@ -65,7 +65,8 @@ def append_in_place(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             result.new_inputs += take_ranges(gm, ctx, site)
             read_ranges(site, ctx)
         _store_rows(site, key, value)
-        site.status = Status.REWRITTEN
+        if site.status is Status.FOUND:  # what the plan refused stays refused, whatever its rows do
+            site.status = Status.REWRITTEN
         result.count += 1
     grown = {g.output for g in ctx.growing}
     output.args = (tuple(None if i in grown else n for i, n in enumerate(output.args[0])),)

@@ -552,6 +552,7 @@ MUTATIONS: list[Mutation] = [
         ),
         ("append two rows as if they were one", "or added[2] != 1:", "or False:", APPEND),
         ("grow a sliding window", 'if site.kind != "full":', "if False:", APPEND),
+        ("forget what a plan refused", "if site.status is Status.FOUND:", "if True:", f"{APPEND} -k refuses"),
     ),
     *_in(
         "avl_fx/growing.py",

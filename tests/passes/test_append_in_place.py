@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avl_fx.growing import has_room, reserve
+from avl_fx.passes.site import Reason, Status
+from avl_fx.plan import Plan
 from tests.passes._decoder import Decoder, LayerSpec, caches, hidden_states, specs
 from tests.passes._graphs import assert_same, counts, rewrite
 
@@ -129,6 +131,17 @@ def test_a_window_that_slides_keeps_the_copy():
         rewritten = rewrite(Decoder(layers), hidden_states(1), [None], cached)
     assert rewritten.result("append_in_place").count == 2
     assert [s.layer for s in rewritten.ctx.sites if s.kind == "sliding"] == [1]
+
+
+def test_what_a_plan_refuses_grows_and_stays_refused():
+    """The last layer is the only one of its block that attends to everything: it is dense, for a reason."""
+    layers = specs(3, layer0=LayerSpec(is_sliding=True), layer1=LayerSpec(is_sliding=True))
+    cached = [(kind, *map(reserve, tensors)) for kind, *tensors in caches("cat", layers)]
+    with torch.no_grad():
+        rewritten = rewrite(Decoder(layers), hidden_states(1), [None], cached, plan=Plan.lazy([(0, 2)]))
+    assert rewritten.result("append_in_place").count == 1
+    assert [s.status for s in rewritten.ctx.sites] == [Status.REWRITTEN, Status.REWRITTEN, Status.REFUSED]
+    assert rewritten.ctx.sites[2].reason is Reason.ANCHOR_KIND
 
 
 def test_two_rows_of_one_query_keep_the_copy():
