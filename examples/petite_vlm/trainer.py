@@ -122,7 +122,11 @@ class Trainer:
         logits = packed_logits(self.model, batch, features, self.image_token_id)
         loss, hits = loss_and_hits(logits, batch)
         total = loss * len(batch.targets)
-        return total.item(), hits, len(batch.targets), torch.autograd.grad(total, self.parameters())
+        return total.item(), hits, len(batch.targets), self._gradients(total)
+
+    def _gradients(self, loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # Under a lazy plan nothing depends on the queries and keys of lazy layers.
+        return torch.autograd.grad(loss, self.parameters(), materialize_grads=True)
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step; returns what was measured."""

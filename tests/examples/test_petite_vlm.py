@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 from transformers import Dinov2Config, LlamaConfig, LlavaForConditionalGeneration
 
+from avl_fx import Plan
 from examples.petite_vlm import parts
 from examples.petite_vlm.data import Question, by_image, load_questions, shuffled_partner
 from examples.petite_vlm.features import encode
+from examples.petite_vlm.lazy_tuning import calibrated, tune
 from examples.petite_vlm.lora import add_lora, merge_lora
 from examples.petite_vlm.model import ADAPTER, build_config, load_petite_vlm, read_adapter
 from examples.petite_vlm.onnx_weights import Node, read_onnx
@@ -238,6 +240,26 @@ def test_an_adapter_of_another_rank_is_refused():
     tensors[name] = tensors[name][:1]
     with pytest.raises(ValueError, match="another rank"):
         tiny_trainer(start=tensors)
+
+
+def test_tuning_under_a_plan_moves_what_the_plan_uses():
+    """Queries and keys of the lazy layer stay, everything else learns; and the loss is the plan's."""
+    trainer = tiny_trainer()
+    before = {name: value.clone() for name, value in trainer.adapter_tensors().items()}
+    tune(trainer, Plan.lazy([(0, 1)]), steps=3)
+    losses = [point["loss"] for point in trainer.curve]
+    assert losses[-1] < losses[0]
+    assert abs(losses[0] - tiny_trainer().train_step()["loss"]) > 1e-3
+    moved = {name for name, value in trainer.adapter_tensors().items() if not torch.equal(value, before[name])}
+    kept = {name for name in before if re.match(r"lora\.layers\.1\.self_attn\.[qk]_proj\.", name)}
+    assert moved == before.keys() - kept
+    assert trainer.model.model.language_model._compiled_call_impl is None
+
+
+def test_blocks_that_nobody_measured_are_refused():
+    assert len(calibrated(15).lazy_policy.lazy_layers) == 15
+    with pytest.raises(ValueError, match="not 14"):
+        calibrated(14)
 
 
 @torch.no_grad()

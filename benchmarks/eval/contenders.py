@@ -1,0 +1,52 @@
+"""What is compared: both papers' methods at several budgets, both together, and every control at the same budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from avl_fx import Contender, Plan
+from benchmarks.eval.controls import CONTROLS, control, down_sampled, other_pictures
+from examples.petite_vlm.lazy_layers import PREFIX, random_blocks
+
+__all__ = ["contenders", "partitioned"]
+
+CORE_OF_SECONDARY = 0.6
+"""A-VL computes so much of what it keeps at steps that do not refresh (0.3 of 0.5 in the paper)."""
+MODES = ("gla", "vla", "vla_scores")
+
+Blocks = Sequence[tuple[int, int]]
+
+
+def partitioned(share: float) -> Plan:
+    """A-VL that keeps a share of the visual keys; text whole, so that it is compared at its treatment of images."""
+    return Plan.avl(core=CORE_OF_SECONDARY * share, secondary=share, refresh=3, text=None)
+
+
+def contenders(shares: Sequence[float], blocks: Blocks, layers: int, compiler: str) -> dict[str, Contender]:
+    """By name, in the order of the table.
+
+    Args:
+        shares: of the visual keys, for A-VL and for the controls.
+        blocks: of lazy layers; none: lazy plans are left out.
+        layers: decoder layers of the model.
+        compiler: for plans.
+    """
+    found: dict[str, Contender] = {}
+    for share in shares:
+        found[f"A-VL {share:.0%}"] = Contender.of_plan(partitioned(share), compiler=compiler)
+        for name in CONTROLS:
+            found[f"{name} {share:.0%}"] = control(name, share, PREFIX)
+        found[f"down-sampled {share:.0%}"] = down_sampled(share)
+    if blocks:
+        lazy = Plan.lazy(blocks, num_layers=layers).lazy_policy
+        assert lazy is not None
+        count = len(lazy.lazy_layers)
+        for mode in MODES:
+            plan = Plan.lazy(blocks, mode, num_layers=layers)  # type: ignore[arg-type]
+            found[f"lazy {count}, {mode}"] = Contender.of_plan(plan, compiler=compiler)
+        drawn = Plan.lazy(random_blocks(layers, count, seed=0), num_layers=layers)
+        found[f"lazy {count}, gla, random blocks"] = Contender.of_plan(drawn, compiler=compiler)
+        together = partitioned(max(shares)).combine(Plan.lazy(blocks, "vla_scores", num_layers=layers))
+        found[f"A-VL {max(shares):.0%} and lazy {count}, vla_scores"] = Contender.of_plan(together, compiler=compiler)
+    found["other pictures"] = other_pictures()
+    return found

@@ -1,0 +1,151 @@
+"""Controls of the evaluation: each keeps as many keys as it says, and the keys that it says."""
+
+import pytest
+import torch
+
+from avl_fx import Contender
+from avl_fx._answers import dense_answers
+from benchmarks.eval.controls import (
+    CONTROLS,
+    DENSE_LAYERS,
+    SINKS,
+    Prompt,
+    _Controlled,
+    control,
+    down_sampled,
+    other_pictures,
+)
+from tests.zoo import ZOO
+
+LLAVA = ZOO["llava"]
+KEYS, PADDED = 24, 3
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def prompt(layer: int = 3, share: float = 0.5, seed: int = 0) -> Prompt:
+    """Two rows, the first of them padded; visual keys 5 to 16, and 8 to 13."""
+    weights = torch.rand(2, 4, KEYS, KEYS, generator=torch.Generator().manual_seed(1)).tril()
+    visual = torch.zeros(2, KEYS, dtype=torch.bool)
+    visual[0, 5:17] = visual[1, 8:14] = True
+    visible = torch.ones(2, KEYS, dtype=torch.bool)
+    visible[0, :PADDED] = False
+    weights = weights * visible[:, None, None]
+    return Prompt(layer, weights / weights.sum(-1, keepdim=True).clamp_min(1e-9), visual, visible, share, seed, {})
+
+
+@pytest.mark.parametrize("name", [n for n in CONTROLS if n != "FastV-like"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_it_keeps_its_budget(name, share):
+    seen = prompt(share=share)
+    keep = CONTROLS[name](seen)
+    assert not (keep & ~seen.visible).any()
+    for row in range(2):
+        text = int((seen.visible[row] & ~seen.visual[row]).sum())
+        assert int(keep[row].sum()) == text + int(share * int(seen.visual[row].sum()))
+        if name not in ("window", "H2O"):
+            assert (keep[row] >= (seen.visible & ~seen.visual)[row]).all()
+
+
+def test_random_differs_by_layer_row_and_seed():
+    first = CONTROLS["random"](prompt())
+    assert torch.equal(first, CONTROLS["random"](prompt()))
+    assert not torch.equal(first, CONTROLS["random"](prompt(layer=4)))
+    assert not torch.equal(first, CONTROLS["random"](prompt(seed=1)))
+
+
+def test_no_refresh_keeps_the_best_of_the_last_row():
+    seen = prompt()
+    keep = CONTROLS["no refresh"](seen)
+    scores = seen.weights[0, :, -1].mean(0)
+    kept, dropped = keep[0] & seen.visual[0], ~keep[0] & seen.visual[0]
+    assert scores[kept].min() > scores[dropped].max()
+
+
+def test_fastv_chooses_once():
+    seen = prompt(layer=DENSE_LAYERS)
+    chosen = CONTROLS["FastV-like"](seen)
+    assert torch.equal(chosen, CONTROLS["no refresh"](seen))
+    later = prompt(layer=DENSE_LAYERS + 3)
+    later.chosen[DENSE_LAYERS] = chosen
+    assert torch.equal(CONTROLS["FastV-like"](later), chosen)
+    assert torch.equal(CONTROLS["FastV-like"](prompt(layer=0)), seen.visible)
+
+
+def test_a_window_keeps_both_ends():
+    keep = CONTROLS["window"](prompt(share=0.1))
+    kept = keep[0].nonzero().flatten().tolist()
+    assert kept[:SINKS] == list(range(PADDED, PADDED + SINKS))
+    assert kept[SINKS:] == list(range(KEYS - len(kept) + SINKS, KEYS))
+
+
+def test_heavy_hitters_keep_the_latest():
+    keep = CONTROLS["H2O"](prompt(share=0.1))
+    assert keep[:, -4:].all()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LLAVA.make("sdpa")
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_keeping_everything_is_dense(model, name):
+    inputs = LLAVA.inputs(model, batch=2)
+    dense = dense_answers(model, Contender("dense"), inputs, 4)
+    found = dense_answers(model, control(name, 1.0, LLAVA.decoder_prefix), inputs, 4)
+    assert torch.equal(found.tokens, dense.tokens)
+    torch.testing.assert_close(found.log_probabilities, dense.log_probabilities, atol=1e-4, rtol=1e-4)
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_keeping_little_is_not(model, name):
+    inputs = LLAVA.inputs(model, batch=2)
+    dense = dense_answers(model, Contender("dense"), inputs, 4)
+    found = dense_answers(model, control(name, 0.1, LLAVA.decoder_prefix), inputs, 4)
+    torch.testing.assert_close(found.log_probabilities[0], dense.log_probabilities[0], atol=1e-4, rtol=1e-4)
+    assert (found.log_probabilities[1] - dense.log_probabilities[1]).abs().max() > 0.01, "the prompt alone is dense"
+
+
+def test_a_step_reads_what_is_kept_and_what_came_since():
+    """By hand: attention over the kept keys alone."""
+    generator = torch.Generator().manual_seed(3)
+    visual = torch.zeros(1, 8, dtype=torch.bool)
+    visual[:, 2:6] = True
+    attention = _Controlled(CONTROLS["random"], visual, 0.5, 0)
+    q, k, v = (torch.randn(1, 2, 8, 4, generator=generator) for _ in range(3))
+    attention.attend(0, q, k, v, None, 0.5, True)
+    keep = attention.keep[0][0]
+    assert int(keep.sum()) == 4 + 2
+    q, more = torch.randn(1, 2, 1, 4, generator=generator), torch.randn(2, 1, 2, 2, 4, generator=generator)
+    key, value = torch.cat([k, more[0]], 2), torch.cat([v, more[1]], 2)
+    got = attention.attend(0, q, key, value, None, 0.5, False)
+    read = torch.cat([keep, torch.ones(2, dtype=torch.bool)])
+    expected = ((q @ key[:, :, read].mT) * 0.5).softmax(-1) @ value[:, :, read]
+    torch.testing.assert_close(got, expected)
+
+
+class Stub(torch.nn.Module):
+    class config:
+        image_token_id = 9
+
+        class vision_config:
+            patch_size = 2
+
+
+def test_a_smaller_picture_has_fewer_tokens():
+    ids = torch.tensor([[0, 0, 1, *[9] * 16, 5, 6], [1, 2, 3, *[9] * 16, 5, 6]])
+    pixels = torch.randn(2, 3, 8, 8)
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels}
+    with down_sampled(0.3).around(Stub(), inputs) as used:
+        assert used["pixel_values"].shape == (2, 3, 4, 4)
+        assert used["input_ids"].tolist() == [[0, 0, 1, *[9] * 4, 5, 6], [1, 2, 3, *[9] * 4, 5, 6]]
+        assert used["attention_mask"].tolist() == [[0, 0, *[1] * 7], [1] * 9]
+        torch.testing.assert_close(used["pixel_values"].mean(), pixels.mean(), atol=0.2, rtol=0)
+
+
+def test_other_pictures_are_others():
+    pixels = torch.arange(3.0)[:, None, None, None]
+    with other_pictures().around(Stub(), {"pixel_values": pixels}) as used:
+        assert (used["pixel_values"] != pixels).all()
