@@ -26,11 +26,12 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     dejavu = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     for module in (documents, words):
         monkeypatch.setattr(module, "fonts", lambda split: (dejavu,))
-    monkeypatch.setattr(words, "words", lambda split: ("maple", "stone") if split == "train" else ("river",))
+    monkeypatch.setattr(words, "words", lambda split: WORDS[split])
     for cached in (scenes.scene, documents._document):
         cached.cache_clear()
 
 
+WORDS = {"train": ("maple", "stone", "cloud", "plate"), "test": ("river", "glass", "bread", "north")}
 MADE = ["composites", "documents", "scenes", "words"]
 
 
@@ -101,6 +102,17 @@ def test_a_receipt_adds_up():
             assert sum(prices) == total
             totals += 1
     assert totals > 5
+
+
+@pytest.mark.usefixtures("offline")
+def test_words_are_asked_for_by_their_ink():
+    for image in range(10):
+        asked = DATASETS["words"].questions("test", image)
+        inks = {question.text.split()[2] for question in asked}
+        assert len(asked) == len(inks) == words.COUNT
+        assert all(question.answer.replace(" ", "") in WORDS["test"] for question in asked)
+        pixels = {colour for _, colour in DATASETS["words"].picture("test", image).getcolors(2**20)}
+        assert all(canvas.COLOURS[ink] in pixels for ink in inks)
 
 
 @pytest.mark.parametrize("form", canvas.SHAPES)

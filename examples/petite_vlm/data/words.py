@@ -14,13 +14,16 @@ from .canvas import COLOURS, SIZE, ground
 from .fonts import font, fonts
 from .questions import Question, Split, Task, seeded
 
-SMALLEST, LARGEST = 36, 96
+SMALLEST, LARGEST = 36, 72
 """Pixels of the type on a canvas of 336: a letter of the smallest covers about one patch of 14 at 224 pixels."""
+INKS = ("red", "green", "blue", "purple", "black", "brown")
+COUNT = 3
+"""Words on a canvas, one below the other, each in an ink of its own."""
 
 
 @cache
 def words(split: Split) -> tuple[str, ...]:
-    """English words of three to six letters: whole words of the language model's vocabulary. Every tenth is tested."""
+    """English words, and beginnings of words, of three to six letters: tokens of the language model. A tenth is tested."""
     vocabulary = AutoTokenizer.from_pretrained(language_dir()).get_vocab()
     found = sorted({token[1:] for token in vocabulary if re.fullmatch(r"Ġ[a-z]{3,6}", token)})
     return tuple(word for place, word in enumerate(found) if (place % 10 == 0) == (split == "test"))
@@ -32,7 +35,7 @@ def spelt(word: str) -> str:
 
 
 class Words:
-    """One word somewhere on a canvas, small to large, in capitals, lower case or both."""
+    """Three words on a canvas, small to large, in capitals, lower case or both; asked for by their ink."""
 
     name = "words"
     task: Task = "ocr"
@@ -41,24 +44,29 @@ class Words:
     def images(self, split: Split) -> int:
         return 1000 if split == "test" else 1_000_000
 
-    def _word(self, split: Split, image: int) -> str:
-        return seeded(f"{self.name} word", split, image).choice(words(split))
+    def _written(self, split: Split, image: int) -> list[tuple[str, str]]:
+        """Words and their inks, from top to bottom."""
+        draw = seeded(f"{self.name} written", split, image)
+        return list(zip(draw.sample(words(split), COUNT), draw.sample(INKS, COUNT), strict=True))
 
     def picture(self, split: Split, image: int) -> Image.Image:
         draw = seeded(self.name, split, image)
-        word = draw.choice((str.upper, str.lower, str.capitalize))(self._word(split, image))
         canvas = ground(draw)
-        size = draw.randint(SMALLEST, LARGEST)
-        letters = font(draw.choice(fonts(split)), size)
-        while letters.getlength(word) > SIZE - 16:
-            size -= 4
-            letters = font(letters.path, size)  # type: ignore[arg-type]
-        left, top, right, bottom = letters.getbbox(word)
-        x = draw.randint(4, max(4, int(SIZE - 4 - (right - left))))
-        y = draw.randint(4, max(4, int(SIZE - 4 - (bottom - top))))
-        ink = draw.choice([colour for colour in COLOURS if colour not in ("yellow", "orange")])
-        ImageDraw.Draw(canvas).text((x - left, y - top), word, font=letters, fill=COLOURS[ink])
+        pen = ImageDraw.Draw(canvas)
+        band = SIZE // COUNT
+        for number, (word, ink) in enumerate(self._written(split, image)):
+            word = draw.choice((str.upper, str.lower, str.capitalize))(word)
+            face, size = draw.choice(fonts(split)), draw.randint(SMALLEST, LARGEST)
+            while font(face, size).getlength(word) > SIZE - 16:
+                size -= 2
+            letters = font(face, size)
+            left, top, right, bottom = letters.getbbox(word)
+            x = draw.randint(4, max(4, int(SIZE - 4 - (right - left))))
+            y = number * band + draw.randint(2, max(2, int(band - 2 - (bottom - top))))
+            pen.text((x - left, y - top), word, font=letters, fill=COLOURS[ink])
         return canvas
 
     def questions(self, split: Split, image: int) -> list[Question]:
-        return [Question(image, "spell the word.", spelt(self._word(split, image)), "word")]
+        return [
+            Question(image, f"spell the {ink} word.", spelt(word), "word") for word, ink in self._written(split, image)
+        ]
