@@ -13,7 +13,7 @@ TYPECHECK := .cache/typecheck
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: help demo test test-matrix test-full test-slow test-mutations lint format bench bench-gpu clean
+.PHONY: help demo test test-matrix test-full test-slow test-mutations lint format bench eval eval-quick bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -60,6 +60,12 @@ format: $(STAMP)  ## put the code into the one format
 
 bench: $(STAMP)  ## ratios against compiled baselines, measured in the same run
 	$(BIN)/python -m benchmarks.run
+
+eval: $(STAMP)  ## what the methods cost a trained model in answers, against every control (hours)
+	$(BIN)/python -m benchmarks.eval
+
+eval-quick: $(STAMP)  ## the same on a few pictures: minutes
+	$(BIN)/python -m benchmarks.eval --quick --output out/eval-quick
 
 # On a GPU machine without network: `make bench-gpu GPU_PYTHON=python3`, whatever environment that is.
 bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))  ## the tests that need a GPU, and 7B shapes against compiled baselines

@@ -23,7 +23,7 @@ COUNT = 3
 
 @cache
 def words(split: Split) -> tuple[str, ...]:
-    """English words, and beginnings of words, of three to six letters: tokens of the language model. A tenth is tested."""
+    """English words and beginnings of words, three to six letters: tokens of the language model. A tenth is tested."""
     vocabulary = AutoTokenizer.from_pretrained(language_dir()).get_vocab()
     found = sorted({token[1:] for token in vocabulary if re.fullmatch(r"Ġ[a-z]{3,6}", token)})
     return tuple(word for place, word in enumerate(found) if (place % 10 == 0) == (split == "test"))

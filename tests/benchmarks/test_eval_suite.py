@@ -1,0 +1,92 @@
+"""The evaluation of the petite model: who takes part, what is asked, what is drawn; and (slow) a run of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.eval import tasks
+from benchmarks.eval.contenders import CORE_OF_SECONDARY, contenders, partitioned
+from benchmarks.eval.controls import CONTROLS
+from benchmarks.eval.overlay import Choices, draw
+from examples.petite_vlm.data import DATASETS, Question
+
+BLOCKS = [(2, 9), (12, 20)]
+
+
+def test_every_control_meets_every_budget():
+    found = contenders([0.5, 0.1], BLOCKS, 30, "eager")
+    assert {f"{name} {share}" for name in CONTROLS for share in ("50%", "10%")} < set(found)
+    assert {"A-VL 50%", "A-VL 10%", "down-sampled 50%", "other pictures"} < set(found)
+    assert [name for name in found if "lazy" in name] == [
+        "lazy 15, gla",
+        "lazy 15, vla",
+        "lazy 15, vla_scores",
+        "lazy 15, gla, random blocks",
+        "A-VL 50% and lazy 15, vla_scores",
+    ]
+    assert len({way.identity for way in found.values()}) == len(found)
+
+
+def test_without_blocks_nothing_is_lazy():
+    assert not [name for name in contenders([0.3], [], 30, "eager") if "lazy" in name]
+
+
+def test_a_budget_is_what_is_kept():
+    vision = partitioned(0.3).vision_policy
+    assert (vision.secondary, vision.core) == (0.3, pytest.approx(0.3 * CORE_OF_SECONDARY))
+
+
+def test_every_data_set_has_its_metric():
+    assert tasks.METRIC_OF.keys() == DATASETS.keys()
+
+
+def test_neighbours_ask_about_different_pictures():
+    asked = [Question(image, str(turn), "a") for image in range(3) for turn in range(1 + image)]
+    order = [(asked[place].text, asked[place].image) for place in tasks._spread(asked)]
+    assert order == [("0", 0), ("0", 1), ("0", 2), ("1", 1), ("1", 2), ("2", 2)]
+
+
+def test_the_overlay_shows_what_was_chosen():
+    """Red where core is, dark where nothing is kept; by the colours in the middle of the patches."""
+    core = torch.zeros(3, 4, 16, dtype=torch.bool)
+    core[:, :, 0] = True
+    secondary = torch.zeros(4, 16, dtype=torch.bool)
+    secondary[:, :8] = True
+    figure = draw(Image.new("RGB", (56, 56), "white"), "what?", Choices(core, secondary, "it"), [0, 3], [0, 2])
+    panel = figure.axes[1]
+    layers = [image.get_array() for image in panel.get_images()[1:]]
+    assert [layer.shape for layer in layers] == [(4, 4, 4)] * 3
+    minor, kept, red = (layer[..., 3] > 0 for layer in layers)
+    assert minor[2:].all()
+    assert not minor[:2].any()
+    assert red[0, 0]
+    assert red.sum() == 1
+    assert kept.sum() == 7
+    assert panel.get_title() == "layer 0"
+
+
+@pytest.mark.slow
+def test_a_short_run(tmp_path):
+    """All of `python -m benchmarks.eval`, on two pictures of one data set."""
+    from benchmarks.eval.__main__ import main
+
+    def run():
+        main(
+            datasets=["easy_vqa"],
+            shares=[0.3],
+            images=2,
+            calibration=8,
+            batch=4,
+            output=tmp_path,
+        )
+        return json.loads((tmp_path / "easy_vqa" / "evaluation.json").read_text())
+
+    found = run()["results"]
+    assert found["dense"]["score"]["mean"] == 1
+    assert found["A-VL 30%"]["score"]["mean"] == 1
+    assert found["other pictures"]["score"]["mean"] < 1
+    assert run()["results"] == found
