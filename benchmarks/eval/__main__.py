@@ -16,6 +16,7 @@ from rich.console import Console
 import avl_fx
 from avl_fx import Plan
 from benchmarks.eval.contenders import contenders
+from benchmarks.eval.page import RESULTS
 from benchmarks.eval.tasks import METRIC_OF, task_of
 from examples.petite_vlm.data import DATASETS
 from examples.petite_vlm.model import ADAPTER, load_petite_vlm
@@ -47,7 +48,7 @@ def main(
     batch: Annotated[int, typer.Option(min=2)] = 16,
     compiler: str = "eager",
     quick: Annotated[bool, typer.Option("--quick", help="8 pictures, 30% of the keys, no lazy plans")] = False,
-    output: Annotated[Path, typer.Option(help="folder for the results")] = Path("out/eval"),
+    output: Annotated[Path, typer.Option(help="folder for the results")] = RESULTS,
 ) -> None:
     """Answer all questions as every contender, and compare."""
     unknown = [name for name in datasets or [] if name not in DATASETS]

@@ -12,6 +12,7 @@ from benchmarks.eval import tasks
 from benchmarks.eval.contenders import CORE_OF_SECONDARY, contenders, partitioned
 from benchmarks.eval.controls import CONTROLS
 from benchmarks.eval.overlay import Choices, draw
+from benchmarks.eval.page import page
 from examples.petite_vlm.data import DATASETS, Question
 
 BLOCKS = [(2, 9), (12, 20)]
@@ -90,3 +91,13 @@ def test_a_short_run(tmp_path):
     assert found["A-VL 30%"]["score"]["mean"] == 1
     assert found["other pictures"]["score"]["mean"] < 1
     assert run()["results"] == found
+
+
+def test_the_page_states_what_was_found():
+    interval = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    result = {"score": interval, "difference": {"mean": -0.1, "low": -0.2, "high": 0.0}, "divergence": 0.0625}
+    report = {"metric": "exact", "questions": 9, "groups": 3, "results": {"dense": result, "A-VL 30%": result}}
+    said = page({"composites": report})
+    assert "## composites: vqa, exact" in said
+    assert "| A-VL 30% | 50.0% | 25.0% to 75.0% | -10.0 (-20.0 to +0.0) | 0.062 |" in said
+    assert all(f"| {name} |" in said for name in CONTROLS)

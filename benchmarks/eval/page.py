@@ -1,0 +1,77 @@
+"""``python -m benchmarks.eval.page``: the results of all data sets on one page, docs/results.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.eval.tasks import METRIC_OF
+from examples.petite_vlm.data import DATASETS
+
+__all__ = ["page"]
+
+RESULTS = Path(__file__).parents[1] / "results" / "eval"
+INTRO = """# What the methods cost in answers
+
+Written by `python -m benchmarks.eval.page` from `benchmarks/results/eval`, which `make eval` makes. The model is
+[petite_vlm](../examples/petite_vlm/README.md); pictures are held out, answers greedy, the prompt is always dense. Scores stand
+with 95% bootstrap intervals over pictures. **to dense** is the difference in points, question by question. **nats** is the
+divergence from the dense model along its own answers.
+
+*A-VL s* keeps a share s of the visual keys and computes 0.6 s at steps that do not refresh (every third does), so it reads
+less than any control at the same s, which reads s at every step. Controls choose once, at the end of the prompt:
+
+| control | keeps |
+|---|---|
+| random | visual keys at random, anew for each layer |
+| strided | every n-th visual key |
+| FastV-like | what the last token attends to in layer 2, for all layers behind it |
+| no refresh | what the last token attends to, layer by layer |
+| window | the first four tokens and the latest ones |
+| H2O | what the whole prompt attended to most, and the latest ones |
+| down-sampled | a smaller picture, prompt included |
+| other pictures | all keys, of another picture: what can be said without looking |
+"""
+
+
+def page(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page, of reports by data set."""
+    parts = [INTRO]
+    for name, report in found.items():
+        parts.append(f"## {name}: {DATASETS[name].task}, {report['metric']}\n")
+        parts.append(f"{report['questions']} questions about {report['groups']} pictures.\n")
+        lines = ["| | score | 95% interval | to dense | nats |", "|---|---:|---:|---:|---:|"]
+        for contender, result in report["results"].items():
+            score, gained = result["score"], result["difference"]
+            to_dense = (
+                ""
+                if contender == "dense"
+                else f"{100 * gained['mean']:+.1f} ({100 * gained['low']:+.1f} to {100 * gained['high']:+.1f})"
+            )
+            lines.append(
+                f"| {contender} | {score['mean']:.1%} | {score['low']:.1%} to {score['high']:.1%} | {to_dense} "
+                f"| {result['divergence']:.3f} |"
+            )
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="folder that `make eval` wrote")] = RESULTS,
+    output: Annotated[Path, typer.Option(help="the page")] = Path("docs/results.md"),
+) -> None:
+    """Write the page."""
+    files = {name: results / name / "evaluation.json" for name in METRIC_OF}
+    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    if not found:
+        raise typer.BadParameter(f"there are no results in {results}: run make eval")
+    output.write_text(page(found), encoding="utf-8")
+    typer.echo(f"wrote {output}: {', '.join(found)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
