@@ -18,12 +18,12 @@ RESULTS = Path(__file__).parents[1] / "results" / "eval"
 INTRO = """# What the methods cost in answers
 
 Written by `python -m benchmarks.eval.page` from `benchmarks/results/eval`, which `make eval` makes. The model is
-[petite_vlm](../examples/petite_vlm/README.md); pictures are held out, answers greedy, the prompt is always dense. Scores stand
-with 95% bootstrap intervals over pictures. **to dense** is the difference in points, question by question. **nats** is the
-divergence from the dense model along its own answers.
+[petite_vlm](../examples/petite_vlm/README.md); pictures are held out, answers greedy, the prompt is always dense.
+Scores stand with 95% bootstrap intervals over pictures. **to dense** is the difference in points, question by question.
+**nats** is the divergence from the dense model along its own answers.
 
-*A-VL s* keeps a share s of the visual keys and computes 0.6 s at steps that do not refresh (every third does), so it reads
-less than any control at the same s, which reads s at every step. Controls choose once, at the end of the prompt:
+*A-VL s* keeps a share s of the visual keys and computes 0.6 s at steps that do not refresh (every third does), so it
+reads less than any control at the same s, which reads s at every step. Controls choose once, at the end of the prompt:
 
 | control | keeps |
 |---|---|

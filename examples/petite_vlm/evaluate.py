@@ -59,7 +59,7 @@ def main(
     adapter: Annotated[Path, typer.Option(help="the adapter file")] = ADAPTER,
     images: Annotated[int, typer.Option(help="held-out images to look at, 0 for all")] = 200,
     batch: int = 16,
-    image_size: Annotated[int, typer.Option(help="pixels, a multiple of 14; trained at 168")] = 168,
+    image_size: Annotated[int | None, typer.Option(help="pixels, a multiple of 14; default: as trained")] = None,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     workers: Annotated[int, typer.Option(help="batches in flight at a time")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads of each")] = torch.get_num_threads(),

@@ -23,6 +23,7 @@ from .parts import ChecksumError, sha256_of
 from .processor import PetiteProcessor
 
 ADAPTER = Path(__file__).parent / "adapter" / "petite_vlm.safetensors"
+TRAINED_AT = 168  # pixels
 FEATURE_LAYER = -3  # the last two layers of this ViT were tuned for saliency maps
 
 
@@ -66,17 +67,25 @@ def read_adapter(path: Path) -> tuple[dict[str, torch.Tensor], float]:
         return {key: file.get_tensor(key) for key in file.keys()}, scale  # noqa: SIM118 (not a mapping)
 
 
+def trained_at(path: Path) -> int:
+    """Pixels of the pictures that an adapter was trained on; those of the first one did not say."""
+    with safe_open(path, "pt") as file:
+        return int(json.loads(file.metadata()["recipe"]).get("image_size", TRAINED_AT))
+
+
 def load_petite_vlm(
     adapter: str | Path | None = ADAPTER,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
-    image_size: int = 168,
+    image_size: int | None = None,
 ) -> tuple[LlavaForConditionalGeneration, PetiteProcessor]:
     """The trained model, in eval mode on the CPU, and its processor.
 
-    `adapter=None` gives the untrained assembly (random projector). `image_size` is a multiple of 14; the adapter was
-    trained at 168 pixels, which is 144 image tokens.
+    `adapter=None` gives the untrained assembly (random projector). `image_size` is a multiple of 14, by default what the
+    adapter was trained at: 168 pixels are 144 image tokens, 224 are 256.
     """
+    if image_size is None:
+        image_size = TRAINED_AT if adapter is None else trained_at(Path(adapter))
     language, vision = language_dir(), vision_dir()
     tokenizer = AutoTokenizer.from_pretrained(language)
     config = build_config(
@@ -84,6 +93,7 @@ def load_petite_vlm(
         Dinov2Config.from_pretrained(vision),
         tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
     )
+    config.image_seq_length = (image_size // config.vision_config.patch_size) ** 2
     weights = {f"model.language_model.{k}": v for k, v in load_file(language / WEIGHTS).items()}
     weights |= {f"model.vision_tower.{k}": v for k, v in load_file(vision / WEIGHTS).items()}
     if adapter is not None:
