@@ -81,8 +81,8 @@ def load_petite_vlm(
 ) -> tuple[LlavaForConditionalGeneration, PetiteProcessor]:
     """The trained model, in eval mode on the CPU, and its processor.
 
-    `adapter=None` gives the untrained assembly (random projector). `image_size` is a multiple of 14, by default what the
-    adapter was trained at: 168 pixels are 144 image tokens, 224 are 256.
+    `adapter=None` gives the untrained assembly (random projector). `image_size` is a multiple of 14, by default what
+    the adapter was trained at: 168 pixels are 144 image tokens, 224 are 256.
     """
     if image_size is None:
         image_size = TRAINED_AT if adapter is None else trained_at(Path(adapter))
