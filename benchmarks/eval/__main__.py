@@ -15,7 +15,7 @@ from rich.console import Console
 
 import avl_fx
 from avl_fx import Plan
-from benchmarks.eval.contenders import contenders
+from benchmarks.eval.contenders import ablations, contenders
 from benchmarks.eval.page import RESULTS
 from benchmarks.eval.tasks import METRIC_OF, task_of
 from examples.petite_vlm.data import DATASETS
@@ -47,6 +47,7 @@ def main(
     adapter: Annotated[Path, typer.Option(help="the adapter file")] = ADAPTER,
     batch: Annotated[int, typer.Option(min=2)] = 16,
     compiler: str = "eager",
+    ablation: Annotated[bool, typer.Option("--ablations", help="A-VL, a setting at a time")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="8 pictures, 30% of the keys, no lazy plans")] = False,
     output: Annotated[Path, typer.Option(help="folder for the results")] = RESULTS,
 ) -> None:
@@ -65,8 +66,11 @@ def main(
             policy = calibrated_blocks(model, processor, name, learnt).lazy_policy
             blocks = () if policy is None else policy.blocks
         task = task_of(name, processor, pictures, batch)
-        ways = contenders(budgets, blocks, layers, compiler)
-        report = avl_fx.evaluate(model, task, ways, output=output / name)
+        if ablation:
+            ways = ablations(budgets[0], blocks, layers, compiler)
+        else:
+            ways = contenders(budgets, blocks, layers, compiler)
+        report = avl_fx.evaluate(model, task, ways, output=output / (f"{name}-ablations" if ablation else name))
         console.print(report.markdown(), markup=False)
     console.print(f"saved in {output}")
 

@@ -8,10 +8,12 @@ from avl_fx import Contender, Plan
 from benchmarks.eval.controls import CONTROLS, control, down_sampled, other_pictures
 from examples.petite_vlm.lazy_layers import PREFIX, random_blocks
 
-__all__ = ["contenders", "partitioned"]
+__all__ = ["ablations", "contenders", "partitioned"]
 
 CORE_OF_SECONDARY = 0.6
 """A-VL computes so much of what it keeps at steps that do not refresh (0.3 of 0.5 in the paper)."""
+NEVER = 1_000_000
+"""Steps from one refresh to the next that no answer reaches."""
 MODES = ("gla", "vla", "vla_scores")
 
 Blocks = Sequence[tuple[int, int]]
@@ -50,3 +52,29 @@ def contenders(shares: Sequence[float], blocks: Blocks, layers: int, compiler: s
         found[f"A-VL {max(shares):.0%} and lazy {count}, vla_scores"] = Contender.of_plan(together, compiler=compiler)
     found["other pictures"] = other_pictures()
     return found
+
+
+def ablations(share: float, blocks: Blocks, layers: int, compiler: str) -> dict[str, Contender]:
+    """A-VL at one budget, one setting changed at a time; the first is what all others are compared with."""
+    base = {"core": CORE_OF_SECONDARY * share, "secondary": share, "refresh": 3, "text": None}
+    changed = {
+        f"A-VL {share:.0%}, refresh every 3rd step": {},
+        "refresh at every step": {"refresh": 1},
+        "refresh every 6th step": {"refresh": 6},
+        "never refreshed": {"refresh": NEVER},
+        "secondary at every step": {"refresh": 0},
+        "scored by the last 8 rows": {"scoring_window": 8},
+        "scored by the last 32 rows": {"scoring_window": 32},
+        "scores for each KV head": {"scores": "per_kv_head"},
+        "text 60%, forgetting": {"text": 0.6},
+        "text 60%, H2O": {"text": 0.6, "decay": "none"},
+        "text 30%, forgetting": {"text": 0.3},
+        "text 30%, H2O": {"text": 0.3, "decay": "none"},
+    }
+    plans = {name: Plan.avl(**(base | settings)) for name, settings in changed.items()}  # type: ignore[arg-type]
+    if blocks:
+        whole = Plan.avl(**base)  # type: ignore[arg-type]
+        for mode in MODES:
+            lazy = Plan.lazy(blocks, mode, num_layers=layers)  # type: ignore[arg-type]
+            plans[f"core chosen by block, {mode}"] = whole.combine(lazy)
+    return {name: Contender.of_plan(plan, compiler=compiler) for name, plan in plans.items()}

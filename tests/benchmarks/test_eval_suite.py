@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from benchmarks.eval import tasks
-from benchmarks.eval.contenders import CORE_OF_SECONDARY, contenders, partitioned
+from benchmarks.eval.contenders import CORE_OF_SECONDARY, ablations, contenders, partitioned
 from benchmarks.eval.controls import CONTROLS
 from benchmarks.eval.overlay import Choices, draw
 from benchmarks.eval.page import page
@@ -39,6 +39,12 @@ def test_without_blocks_nothing_is_lazy():
 def test_a_budget_is_what_is_kept():
     vision = partitioned(0.3).vision_policy
     assert (vision.secondary, vision.core) == (0.3, pytest.approx(0.3 * CORE_OF_SECONDARY))
+
+
+def test_ablations_change_one_thing_each():
+    found = ablations(0.3, BLOCKS, 30, "eager")
+    assert len({way.identity for way in found.values()}) == len(found) == 12 + 3
+    assert all(way.budget == pytest.approx(0.3 * CORE_OF_SECONDARY) for way in found.values())
 
 
 def test_every_data_set_has_its_metric():
