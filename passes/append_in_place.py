@@ -55,7 +55,10 @@ def append_in_place(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             break
         sites = grows
     roots = dict.fromkeys(alias_root(n) for s in sites for n in _keys_and_values(s))
-    if not all(_has_room(fake(root.args[0][0])) for root in roots):  # type: ignore[index]
+    pasts = [fake(root.args[0][0]) for root in roots]  # type: ignore[index]
+    # A symbolic layout takes milliseconds to ask about, and all layers tend to have the same one.
+    layouts = {f"{tuple(past.shape)} {past.stride()}": past for past in pasts}
+    if not all(map(_has_room, layouts.values())):
         ctx.adopt = [_tensor(root, placeholders, returned) for root in roots]
         return result
     ctx.growing = [_tensor(root, placeholders, returned) for root in roots]

@@ -7,8 +7,10 @@ ask for *names*, never for targets.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -111,31 +113,54 @@ def op(node: Any) -> str:
     if node.op == "call_method":
         return _METHOD_NAMES.get(str(node.target), str(node.target))
     if node.op == "call_function":
-        name = _FUNCTION_NAMES.get(node.target) if _hashable(node.target) else None
-        if name is not None:
-            return name
         if node.target is getattr and node.args[1] in _ATTRIBUTE_VIEWS:
             return str(node.args[1])
-        overload = _overload(node)
-        if overload is not None:
-            return overload._schema.name.split("::")[-1]
-        return getattr(node.target, "__name__", str(node.target))
+        return _function(node.target).name
     return ""
 
 
-def _overload(node: fx.Node) -> torch._ops.OpOverload | None:
-    """The operator overload that ``node`` calls; Dynamo writes the packet where the model does."""
-    if isinstance(node.target, torch._ops.OpOverloadPacket) and len(node.target.overloads()) == 1:
-        return getattr(node.target, node.target.overloads()[0])
-    return node.target if isinstance(node.target, torch._ops.OpOverload) else None
+class _Function(NamedTuple):
+    """What the target of a ``call_function`` node says about the call. Passes ask for it a hundred thousand times a
+    graph, of a few dozen targets."""
+
+    name: str
+    written: tuple[tuple[int, str], ...]
+    """Arguments that are written in place, by position and name."""
 
 
-def _hashable(target: Any) -> bool:
+_OUT = ((sys.maxsize, "out"),)
+"""Of functions without a schema: by name alone."""
+
+
+def _function(target: Any) -> _Function:
     try:
-        hash(target)
-    except TypeError:
-        return False
-    return True
+        return _known_function(target)
+    except TypeError:  # cannot be hashed
+        return _describe(target, None)
+
+
+@lru_cache(maxsize=1024)
+def _known_function(target: Any) -> _Function:
+    return _describe(target, _FUNCTION_NAMES.get(target))
+
+
+def _describe(target: Any, known: str | None) -> _Function:
+    overload = _overload(target)
+    if overload is not None:
+        name = overload._schema.name.split("::")[-1] if known is None else known
+        arguments = enumerate(overload._schema.arguments)
+        return _Function(name, tuple((i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write))
+    name = getattr(target, "__name__", str(target)) if known is None else known
+    if name == "setitem" or (name.endswith("_") and not name.endswith("__") and not name.startswith("_")):
+        return _Function(name, ((0, ""),))
+    return _Function(name, _OUT)
+
+
+def _overload(target: Any) -> torch._ops.OpOverload | None:
+    """The operator overload that is called; Dynamo writes the packet where the model does."""
+    if isinstance(target, torch._ops.OpOverloadPacket) and len(target.overloads()) == 1:
+        return getattr(target, target.overloads()[0])
+    return target if isinstance(target, torch._ops.OpOverload) else None
 
 
 def fake(node: Any) -> Any:
@@ -229,20 +254,17 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
         inplace = name.endswith("_") and not name.endswith("__") and name not in _INPLACE_EXEMPT
         written = [node.args[0]] if inplace or name == "__setitem__" else []
     elif node.op == "call_function":
-        name, overload = op(node), _overload(node)
-        if overload is not None:
-            arguments = enumerate(overload._schema.arguments)
-            written = [arg(node, i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]
-        elif name == "setitem" or (name.endswith("_") and not name.endswith("__") and not name.startswith("_")):
-            written = list(node.args[:1])
-        else:
-            written = [node.kwargs.get("out")]
+        arguments = _function(node.target).written
+        if not arguments or (arguments is _OUT and "out" not in node.kwargs):
+            return ()
+        written = [arg(node, position, name) for position, name in arguments]
     return tuple(target for target in written if isinstance(target, fx.Node))
 
 
 def mutated_input(node: fx.Node) -> fx.Node | None:
     """The first tensor that ``node`` writes to in place, or ``None``."""
-    return next(iter(mutated_inputs(node)), None)
+    written = mutated_inputs(node)
+    return written[0] if written else None
 
 
 def mutations(nodes: Iterable[fx.Node]) -> list[fx.Node]:
