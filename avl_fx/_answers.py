@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,7 @@ class DenseAnswers:
     log_probabilities: Tensor
     """Of these, float32."""
     cache_bytes: int
+    step_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,16 @@ class Answers:
     """Share of the dense answer's tokens that it would choose as well, after the dense tokens before them."""
     cache_bytes: int
     """Of the cache at the end of its own answer."""
+    step_seconds: float | None
+    """Median decode step of its own answer; ``None`` of a single token."""
 
 
 def dense_answers(model: Any, contender: Contender, inputs: Mapping[str, Any], max_new_tokens: int) -> DenseAnswers:
     """Greedy answers of the model itself."""
     listener = _Listener()
     tokens, cache = _generate(model, contender, inputs, max_new_tokens, listener)
-    lengths = _lengths(model, tokens)
-    return DenseAnswers(tokens, lengths, torch.stack(listener.top), torch.stack(listener.found), cache)
+    lengths, top = _lengths(model, tokens), torch.stack(listener.top)
+    return DenseAnswers(tokens, lengths, top, torch.stack(listener.found), cache, listener.step_seconds())
 
 
 def answers(
@@ -63,6 +68,7 @@ def answers(
     """Greedy answers of ``contender``; and, where they differ from the dense ones, a second run along those."""
     listener = _Listener(dense)
     tokens, cache = _generate(model, contender, inputs, max_new_tokens, listener)
+    seconds = listener.step_seconds()
     if any(tokens[row, :length].tolist() != dense.tokens[row, :length].tolist() for row, length in _rows(dense)):
         listener = _Listener(dense, forced=True)
         _generate(model, contender, inputs, dense.tokens.shape[1], listener)
@@ -73,7 +79,7 @@ def answers(
         agreement.append(
             sum(int(listener.chosen[step][row] == dense.tokens[row, step]) for step in range(length)) / length
         )
-    return Answers(tokens, tuple(divergence), tuple(agreement), cache)
+    return Answers(tokens, tuple(divergence), tuple(agreement), cache, seconds)
 
 
 class _Listener:
@@ -86,8 +92,22 @@ class _Listener:
         """float32 ``[rows, TOP]`` a step."""
         self.chosen: list[Tensor] = []
         """int64 ``[rows]`` a step."""
+        self.seconds: list[float] = []
+        """From the end of one call to the beginning of the next: a decode step, without what is done here."""
+        self._left = 0.0
+
+    def step_seconds(self) -> float | None:
+        """The median decode step."""
+        return statistics.median(self.seconds) if self.seconds else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.found:
+            self.seconds.append(time.perf_counter() - self._left)
+        said = self._hear(scores)
+        self._left = time.perf_counter()
+        return said
+
+    def _hear(self, scores: Tensor) -> Tensor:
         step = len(self.found)
         probabilities = scores.float().log_softmax(-1)
         self.chosen.append(scores.argmax(-1).cpu())

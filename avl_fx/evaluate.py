@@ -84,7 +84,8 @@ def evaluate(
     Answers are greedy. The dense model comes first and is called ``dense``. For every contender: the score of its
     answers against the references and its difference to the dense score, both with 95% bootstrap intervals; how often
     its answer is the dense one; how far its choices are from the dense model's along the dense answer (`Answers`);
-    bytes of its KV cache. The model is left exactly as it was.
+    bytes of its KV cache; the median decode step, which says something of compiled contenders on an idle machine alone.
+    The model is left exactly as it was.
 
     Args:
         model: one with ``generate``.
@@ -199,6 +200,7 @@ class _Run:
                     "divergence": divergence[row],
                     "agreement": agreement[row],
                     "kv_bytes": held.cache_bytes / rows,
+                    "step_seconds": held.step_seconds,
                 }
                 for row in range(rows)
             ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,12 +31,13 @@ class Row:
     divergence: float
     agreement: float
     kv_bytes: float
+    step_seconds: float | None = None
 
     @classmethod
     def of(cls, record: Mapping[str, Any], metric: Metric) -> Row:
         """A record of the journal, judged."""
         score = metric(record["said"], record["reference"])
-        kept = {name: record[name] for name in ("said", "group", "divergence", "agreement", "kv_bytes")}
+        kept = {name: record[name] for name in ("said", "group", "divergence", "agreement", "kv_bytes", "step_seconds")}
         return cls(score=score, **kept)
 
 
@@ -59,6 +61,8 @@ class ContenderResult:
     """Of the dense model's; 0 where that keeps no cache."""
     budget: float | None
     """Share of the visual keys that it works with, where it is known."""
+    step_seconds: float | None = None
+    """Median decode step, of a batch; where answers have more than one token."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class EvaluationReport:
                 kv_bytes=held,
                 kv_share=held / dense_bytes if dense_bytes else 0.0,
                 budget=budgets.get(contender),
+                step_seconds=_median([row.step_seconds for row in mine if row.step_seconds is not None]),
             )
         return cls(name, metric, len(dense), len(set(groups)), results)
 
@@ -117,7 +122,17 @@ class EvaluationReport:
 
     def markdown(self) -> str:
         """A table in Markdown: one line a contender."""
-        head = ("", self.metric, "95% interval", "to dense", "same answers", "tokens", "nats a token", "KV bytes")
+        head = (
+            "",
+            self.metric,
+            "95% interval",
+            "to dense",
+            "same answers",
+            "tokens",
+            "nats a token",
+            "KV bytes",
+            "ms a step",
+        )
         lines = [
             f"{self.name}: {self.questions} questions in {self.groups} groups.",
             "",
@@ -137,6 +152,7 @@ class EvaluationReport:
                 f"{found.agreement:.1%}",
                 f"{found.divergence:.4f}",
                 f"{found.kv_share:.0%}",
+                "" if found.step_seconds is None else f"{1e3 * found.step_seconds:.1f}",
             )
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
@@ -167,3 +183,7 @@ class EvaluationReport:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
