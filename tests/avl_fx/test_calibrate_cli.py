@@ -4,10 +4,9 @@ import json
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
-from avl_fx.cli import app
 from avl_fx.plan import Plan
+from tests.avl_fx._cli import Command
 
 FACTORY = """
 import avl_fx
@@ -43,20 +42,8 @@ def no_model():
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def avl(*arguments: object, code: int = 0):
-    result = CliRunner().invoke(app, ["calibrate", *map(str, arguments)])
-    assert result.exit_code == code, result.output
-    return result
-
-
-def error_of(*arguments: object) -> str:
-    """The one line of an error; nothing else is printed."""
-    result = avl(*arguments, code=2)
-    assert result.stdout == ""
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("error: ")
-    assert " Fix: " in result.stderr
-    return result.stderr
+avl = Command("calibrate")
+error_of = avl.error_of
 
 
 @pytest.fixture(autouse=True)

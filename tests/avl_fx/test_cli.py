@@ -6,12 +6,11 @@ import sys
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import avl_fx
 from avl_fx import _compat, env_report
-from avl_fx.cli import app
 from avl_fx.plan import Plan
+from tests.avl_fx._cli import Command
 
 FACTORY = """
 from tests.avl_fx._explained import tiny, tiny_inputs
@@ -45,20 +44,8 @@ number = 3
 """
 
 
-def avl(*arguments: object, code: int = 0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result
-
-
-def error_of(*arguments: object) -> str:
-    """The one line of an error; nothing else is printed."""
-    result = avl(*arguments, code=2)
-    assert result.stdout == ""
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("error: ")
-    assert "Traceback" not in result.stderr
-    return result.stderr
+avl = Command()
+error_of = avl.error_of
 
 
 @pytest.fixture
@@ -200,7 +187,7 @@ def test_usage_errors():
 
 
 def test_debug_lets_errors_through():
-    result = CliRunner().invoke(app, ["plan", "show", "nowhere.json", "--debug"])
+    result = avl("plan", "show", "nowhere.json", "--debug", code=1)
     assert result.exit_code == 1
     assert isinstance(result.exception, avl_fx.AvlError)
 
@@ -254,7 +241,7 @@ def test_errors_that_are_not_ours_take_one_line_too(factory):
     assert "KeyError: " in error_of("explain", "-f", f"{factory}:raises")
     for where in ("broken:make", "broken.py:make"):
         assert "ModuleNotFoundError: No module named 'no_such_module_anywhere'" in error_of("explain", "-f", where)
-    result = CliRunner().invoke(app, ["explain", "-f", f"{factory}:raises", "--debug"])
+    result = avl("explain", "-f", f"{factory}:raises", "--debug", code=1)
     assert isinstance(result.exception, KeyError)
 
 

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from avl_fx.cli import app
 from avl_fx.plan import Plan
+from tests.avl_fx._cli import Command
 
 FACTORY = """
 from avl_fx import EvaluationBatch, EvaluationTask
@@ -37,19 +36,8 @@ def factory(tmp_path):
     return path
 
 
-def avl(*arguments: object, code: int = 0):
-    result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
-    assert result.exit_code == code, result.output
-    return result
-
-
-def error_of(*arguments: object) -> str:
-    """The one line of an error; nothing else is printed."""
-    result = avl(*arguments, code=2)
-    assert result.stdout == ""
-    assert len(result.stderr.splitlines()) == 1
-    assert " Fix: " in result.stderr
-    return result.stderr
+avl = Command("eval")
+error_of = avl.error_of
 
 
 def test_it_prints_a_table_and_writes_the_report(factory, tmp_path):

@@ -75,7 +75,23 @@ def scene(name: str, split: Split, image: int, fewest: int, most: int) -> Scene:
     return Scene(canvas, tuple(sorted(things, key=lambda thing: thing.cell)))
 
 
-class Composites:
+class _OfScenes:
+    """Data sets that ask about canvases of several things."""
+
+    name: str
+    _many: tuple[int, int]
+
+    def images(self, split: Split) -> int:
+        return 1000 if split == "test" else 1_000_000
+
+    def _scene(self, split: Split, image: int) -> Scene:
+        return scene(self.name, split, image, *self._many)
+
+    def picture(self, split: Split, image: int) -> Image.Image:
+        return self._scene(split, image).picture
+
+
+class Composites(_OfScenes):
     """What, which, where, how many and which colour, one thing at a time."""
 
     name = "composites"
@@ -83,14 +99,8 @@ class Composites:
     max_new_tokens = 6
     _many = 4, 6
 
-    def images(self, split: Split) -> int:
-        return 1000 if split == "test" else 1_000_000
-
-    def picture(self, split: Split, image: int) -> Image.Image:
-        return scene(self.name, split, image, *self._many).picture
-
     def questions(self, split: Split, image: int) -> list[Question]:
-        things = scene(self.name, split, image, *self._many).things
+        things = self._scene(split, image).things
         asked: list[tuple[str, str, str]] = []
         shapes = [thing for thing in things if thing.kind == "shape"]
         colour, form = shapes[0].name.split()
@@ -105,7 +115,7 @@ class Composites:
         return [Question(image, *question) for question in asked]
 
 
-class Scenes:
+class Scenes(_OfScenes):
     """The whole canvas in one sentence, in reading order: long answers that need all of the picture, to their end."""
 
     name = "scenes"
@@ -113,13 +123,7 @@ class Scenes:
     max_new_tokens = 112
     _many = 6, 6
 
-    def images(self, split: Split) -> int:
-        return 1000 if split == "test" else 1_000_000
-
-    def picture(self, split: Split, image: int) -> Image.Image:
-        return scene(self.name, split, image, *self._many).picture
-
     def questions(self, split: Split, image: int) -> list[Question]:
-        things = scene(self.name, split, image, *self._many).things
+        things = self._scene(split, image).things
         said = "; ".join(f"{PLACES[thing.cell]}: {thing.name}" for thing in things)
         return [Question(image, "describe the picture.", said, "scene")]
