@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 
@@ -109,6 +111,7 @@ class Mixture:
         self.weights = dict(weights)
         self.per_step, self.cap = images_per_step, questions_per_image
         self.token = model.config.image_token_id
+        self.painters = ThreadPoolExecutor(os.cpu_count())
         self.prefix = self.row(next(iter(weights)), 0)[0]
 
     def row(self, name: str, image: int) -> tuple[list[int], tuple[Encoded, ...]]:
@@ -133,7 +136,7 @@ class Mixture:
     @torch.no_grad()
     def features(self, pictures: Sequence[tuple[str, int]]) -> torch.Tensor:
         """``[N, image tokens, width]`` float32 of pictures, each by data set and number."""
-        images = [DATASETS[name].picture(self.split, image) for name, image in pictures]
+        images = list(self.painters.map(lambda p: DATASETS[p[0]].picture(self.split, p[1]), pictures))
         pixels = to_pixels(images, self.processor.image_size).to(self.model.device)
         return encode(self.model, pixels.to(self.model.dtype)).float()
 

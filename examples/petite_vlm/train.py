@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import matplotlib
 import torch
@@ -21,7 +21,7 @@ from .packing import Encoded, encode_question
 from .parts import sha256_of
 from .processor import PetiteProcessor
 from .sources import Epochs, Mixture, Source, parse_mixture
-from .trainer import Recipe, Trainer, teacher_forced_accuracy
+from .trainer import Precision, Recipe, Trainer, teacher_forced_accuracy
 
 console = Console()
 
@@ -103,6 +103,7 @@ def main(
     decay_steps: int = Recipe.decay_steps,
     cooldown: int = Recipe.cooldown,
     seed: int = Recipe.seed,
+    precision: Annotated[str, typer.Option(help="of products: float32, or bfloat16 on a GPU")] = Recipe.precision,
     stop_after: Annotated[int | None, typer.Option(help="stop at this step; run again to go on")] = None,
     save_every: int = 50,
     eval_every: int = 50,
@@ -127,8 +128,11 @@ def main(
         seed=seed,
         data=data,
         image_size=image_size,
+        precision=precision,  # type: ignore[arg-type]
         start=sha256_of(start) if start is not None else "",
     )
+    if precision not in get_args(Precision):
+        raise typer.BadParameter(f"precision is float32 or bfloat16, not {precision!r}")
     weights = parse_mixture(data)
     model, processor = load_petite_vlm(adapter=None, image_size=image_size)
     model.to(device)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -20,6 +20,8 @@ from transformers import LlavaForConditionalGeneration
 from .lora import LoRALinear, add_lora
 from .packing import Encoded, loss_and_hits, pack, packed_logits
 from .sources import Source
+
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Recipe:
     data: str = "easy_vqa:1"  # data sets and their shares of the images
     image_size: int = 168  # pixels
     start: str = ""  # sha256 of the adapter that this one goes on from
+    precision: Precision = "float32"  # of products; bfloat16 is for GPUs, and slow on CPUs
 
     def rate(self, step: int) -> float:
         """Factor on the learning rates at a step: linear warm-up, a slow cosine, a linear end."""
@@ -119,7 +122,9 @@ class Trainer:
         """Of some rows: summed loss, hits [Q] bool, number of answer tokens, gradients of the summed loss."""
         batch = pack(rows, self.source.prefix, self.model.device)
         features = self.source.features_of(rows).to(self.model.device)
-        logits = packed_logits(self.model, batch, features, self.image_token_id)
+        half = self.recipe.precision == "bfloat16"
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
+            logits = packed_logits(self.model, batch, features, self.image_token_id)
         loss, hits = loss_and_hits(logits, batch)
         total = loss * len(batch.targets)
         return total.item(), hits, len(batch.targets), self._gradients(total)

@@ -234,6 +234,16 @@ def test_training_goes_on_from_an_adapter():
     assert loss < first.curve[0]["loss"]
 
 
+def test_half_precision_is_the_same_training_but_rougher():
+    full, half = tiny_trainer(), tiny_trainer()
+    half.recipe = replace(RECIPE, precision="bfloat16")
+    a, b = full.train_step(), half.train_step()
+    assert b["loss"] == pytest.approx(a["loss"], rel=0.03)
+    assert b["loss"] != a["loss"]
+    assert all(value.dtype == torch.float32 for value in half.adapter_tensors().values())
+    assert half.train_step()["loss"] < b["loss"]
+
+
 def test_an_adapter_of_another_rank_is_refused():
     tensors = tiny_trainer().adapter_tensors()
     name = next(name for name in tensors if name.endswith(".A"))

@@ -17,7 +17,7 @@ FORMS = ("receipt", "table", "chart")
 _MARGIN = 20
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _document(name: str, split: Split, image: int) -> tuple[Image.Image, tuple[tuple[str, str, str], ...]]:
     """A page; and questions, answers and kinds."""
     draw = seeded(name, split, image)

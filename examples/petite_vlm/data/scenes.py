@@ -38,7 +38,7 @@ class Scene:
     things: tuple[Thing, ...]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def scene(name: str, split: Split, image: int, fewest: int, most: int) -> Scene:
     """Between ``fewest`` and ``most`` things (at most nine) in distinct cells: one of each kind before a second of any.
 
