@@ -422,6 +422,15 @@ def test_readme_states_the_recorded_accuracy():
             assert f"{described[key][kind]:.1%}" in stated
 
 
+def test_readme_states_what_tuning_won_back():
+    found = json.loads((FOLDER / "lazy_layers" / "tuning_15.json").read_text())
+    stated = (FOLDER / "README.md").read_text()
+    for row in found["rows"]:
+        cells = (f"{row[key]:.1%}" for key in ("dense", "lazy", "lazy, other pictures"))
+        assert f"| {row['when']} | {' | '.join(cells)} |" in stated
+    assert f"{found['training_questions']} questions" in stated
+
+
 # -------------------------------------------------------------------------------- the real model (downloads the parts)
 
 
