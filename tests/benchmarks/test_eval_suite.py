@@ -77,6 +77,7 @@ def test_the_overlay_shows_what_was_chosen():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # six plans are compiled, for thirty layers each
 def test_a_short_run(tmp_path):
     """All of `python -m benchmarks.eval`, on two pictures of one data set."""
     from benchmarks.eval.__main__ import main
