@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from avl_fx import _compat, regions
@@ -26,6 +24,7 @@ from avl_fx._calibration_picture import need_matplotlib
 from avl_fx._findings import Findings, fingerprint, load, save
 from avl_fx._messages import quote, show
 from avl_fx._planfile import reason
+from avl_fx._progress import progress_bar
 from avl_fx._prompt_rows import check_batch, prompt_rows
 from avl_fx._targets import Target
 from avl_fx._untouched import left_untouched
@@ -194,7 +193,7 @@ def _watch(
     with (
         _instrumented(model, compiler) as observer,
         _drawn(batches) as drawn,
-        _bar(progress, total, done) as step,
+        progress_bar("calibrating", progress, total, done) as step,
     ):
         for number, batch in enumerate(itertools.islice(drawn, limit)):
             seen += 1
@@ -240,16 +239,6 @@ def _drawn(batches: Iterable[Mapping[str, Any]]) -> Iterator[Iterator[Mapping[st
     finally:
         if isinstance(drawn, Generator):
             drawn.close()
-
-
-@contextlib.contextmanager
-def _bar(wanted: bool, total: int | None, done: int) -> Iterator[Any]:
-    """What is called after every batch."""
-    console = Console(stderr=True)
-    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (wanted and console.is_terminal)) as bar:
-        task = bar.add_task("calibrating", total=total, completed=done)
-        yield functools.partial(bar.advance, task)
 
 
 # ---- the choice --------------------------------------------------------------------------------------------------

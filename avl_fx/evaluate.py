@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from avl_fx import _compat
@@ -22,17 +18,15 @@ from avl_fx._answers import DenseAnswers, answers, dense_answers
 from avl_fx._findings import fingerprint
 from avl_fx._journal import Journal
 from avl_fx._messages import quote, show, unknown_name_remedy
+from avl_fx._progress import progress_bar
 from avl_fx._untouched import left_untouched
 from avl_fx.contenders import Contender
 from avl_fx.errors import EvaluationError
-from avl_fx.evaluation_report import EvaluationReport, Row
+from avl_fx.evaluation_report import DENSE, EvaluationReport, Row
 from avl_fx.metrics import METRICS
 from avl_fx.plan import PlanSpec
 
 __all__ = ["EvaluationBatch", "EvaluationTask", "evaluate"]
-
-DENSE = "dense"
-"""Name of the model as it is, which every evaluation begins with."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,7 @@ def evaluate(
     count = len(task.batches) if limit is None else min(limit, len(task.batches))
     journal = Journal(None if folder is None else folder / "answers.jsonl", _mark(model, task))
     metric = METRICS[task.metric]
-    with left_untouched(model), torch.no_grad(), _bar(progress, count * (1 + len(ways))) as step:
+    with left_untouched(model), torch.no_grad(), progress_bar("evaluating", progress, count * (1 + len(ways))) as step:
         run = _Run(model, task, journal)
         dense_way = Contender(DENSE)
         for number in range(count):
@@ -265,12 +259,3 @@ def _mark(model: nn.Module, task: EvaluationTask) -> str:
     """What the answers depend on, besides the batches and who answers."""
     known = json.dumps([fingerprint(model, ""), task.name, task.max_new_tokens])
     return hashlib.sha256(known.encode()).hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def _bar(wanted: bool, total: int) -> Iterator[Callable[[], None]]:
-    """What is called after every batch of every contender."""
-    console = Console(stderr=True)
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (wanted and console.is_terminal)) as bar:
-        yield functools.partial(bar.advance, bar.add_task("evaluating", total=total))

@@ -16,9 +16,10 @@ from avl_fx._planfile import reason
 from avl_fx.errors import EvaluationError
 from avl_fx.metrics import Metric, normalised
 
-__all__ = ["ContenderResult", "EvaluationReport", "Row"]
+__all__ = ["DENSE", "ContenderResult", "EvaluationReport", "Row"]
 
 DENSE = "dense"
+"""Name of the model as it is, which every evaluation begins with."""
 
 
 @dataclass(frozen=True)
