@@ -41,7 +41,7 @@ def decode_reads(
     Returns:
         ``None`` where no cache was to be partitioned.
     """
-    if not recorder.divisions:
+    if not recorder.divisions or not plan.tracks_visual:
         return None
     division = recorder.divisions[-1]
     vision, text = plan.vision_policy, plan.text_policy

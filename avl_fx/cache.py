@@ -2,7 +2,7 @@
 
 A stock cache stays complete under every plan (`avl_fx.partition`): decode reads less of it, but it is as large as
 before. This one holds text and secondary visual keys alone; what a text window drives out leaves it, and lazy layers
-own no keys. ::
+own no keys, or none of visual tokens (modes ``vla`` and ``vla_scores``). ::
 
     model.generate(**inputs, past_key_values=AVLCache(plan, model.config))
 
@@ -145,7 +145,8 @@ class AVLCache(Cache):
         for layer in DynamicCache(config=config).layers:
             if type(layer) is DynamicLayer:
                 leads = not any(isinstance(other, AVLLayer) for other in layers)
-                layer = AVLLayer(self._sequence, leads, self.plan.fingerprint(), self.plan.is_lossless)
+                lossless = self.plan.is_lossless and not self.plan.spares_visual_keys
+                layer = AVLLayer(self._sequence, leads, self.plan.fingerprint(), lossless)
             layers.append(layer)
         return layers
 

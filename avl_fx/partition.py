@@ -330,6 +330,51 @@ class Partition:
         )
         return packed.to(self.slots.device), source
 
+    def leave_out_keys(self) -> None:
+        """From now on lazy layers own no keys of visual tokens; of as many as every batch row has."""
+        assert self.stored is not None
+        # One row stays: a cache without any is taken for one that nothing was fed to.
+        most = max(0, min(int((self.slots >= 0).sum(1).min()), self.length - 1))
+        self.stored.keyless = 0 if self.visual_segments is None else most  # a step has to be told where they are
+
+    @property
+    def lacks_keys(self) -> bool:
+        """Whether lazy layers own fewer keys than there are rows."""
+        return self.stored is not None and self.stored.keyless > 0
+
+    @property
+    def owned_rows(self) -> Tensor:
+        """The rows for which lazy layers own keys, int64 ``[B, length - keyless]`` on the CPU, in order."""
+        assert self.stored is not None
+        positions = torch.arange(self.length)
+        left_out = self.slots.cpu()[:, : self.stored.keyless]
+        return torch.stack([positions[~torch.isin(positions, row)] for row in left_out])
+
+    @property
+    def key_rows(self) -> Tensor:
+        """Where the keys of lazy layers have each row, int64 ``[B, length]``; ``-1``: it is visual."""
+        positions = torch.arange(self.length, device=self.slots.device)
+        return self._in_owned_keys(positions.expand(len(self.slots), 1, -1))[:, 0]
+
+    def moved_keys(self, order: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """``(source, slots)`` of text rows that change places, as the keys of lazy layers have these rows."""
+        source, slots = order
+        slots = slots if slots.dim() == 3 else slots[:, None]
+        return self._in_owned_keys(source).clamp(min=0), self._in_owned_keys(slots)
+
+    def _in_owned_keys(self, rows: Tensor) -> Tensor:
+        """``rows`` int64 ``[B, G, M]`` as the keys of lazy layers have them; ``-1`` for visual rows, and for ``-1``."""
+        visual = self._ascending[:, None].expand(-1, rows.shape[1], -1).contiguous()
+        before = torch.searchsorted(visual, rows.contiguous())
+        is_visual = visual.gather(2, before.clamp(max=visual.shape[2] - 1)) == rows
+        left_out = 0 if self.stored is None else self.stored.keyless
+        return (rows - before.clamp(max=left_out)).masked_fill(is_visual | (rows < 0), -1)
+
+    @cached_property
+    def _ascending(self) -> Tensor:
+        """`slots` with numbers beyond every row where a batch row has none: in order to its end."""
+        return self.slots.masked_fill(self.slots < 0, _END)
+
     def close_ranks(self) -> tuple[Tensor, Tensor] | None:
         """After a decode step under a text window: what the step's row drove out is not stored any more.
 

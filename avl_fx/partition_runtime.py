@@ -233,7 +233,10 @@ class PartitionRuntime:
         self._forget(partition, args, outputs, scores, appended=False)
         # A later turn of text alone may still be taken back: assisted decoding does.
         only_text = stored is not None and partition.text is None and not visual[:, old:].any()
-        return partition if only_text else self._pack(partition, visible, outputs)
+        if not only_text:
+            return self._pack(partition, visible, outputs)
+        self._leave_out_keys(partition, outputs)
+        return partition
 
     def _pack(self, partition: Partition, visible: Tensor | None, outputs: list[Any]) -> Partition:
         """Let a compact cache go of what is never read again, as soon as that makes it shorter.
@@ -246,21 +249,32 @@ class PartitionRuntime:
         if not self.compact:
             return partition
         packed, source = partition.pack(visible)
-        if partition.stored is None and packed.length == partition.length:
+        if not self.decode and any(layer.keyless for layer in self.layers):
+            packed.leave_out_keys()
+        assert packed.stored is not None
+        if partition.stored is None and packed.length == partition.length and not packed.stored.keyless:
             return partition
-        here = [row[row >= 0] for row in source]
-        for position in self._positions():
-            rows = outputs[position]
-            kept = room(rows, packed.length, spare=COMPACT_SPARE_ROWS)
-            for number, index in enumerate(here):
-                kept[number, :, : len(index)] = rows[number].index_select(1, index.to(rows.device))
-                kept[number, :, len(index) :] = 0
-            outputs[position] = kept
+        owned = source.gather(1, packed.owned_rows) if packed.stored.keyless else source
+        for position, keyless in self._positions():
+            outputs[position] = _taken(outputs[position], owned if keyless else source)
         return packed
 
-    def _positions(self) -> list[int]:
-        """Where the graph returns the tensors of a growing cache."""
-        return [tensor.after for tensor in self._cached() if tensor.after is not None]
+    def _leave_out_keys(self, partition: Partition, outputs: list[Any]) -> None:
+        """A prompt's graph returns all keys of lazy layers, also those that the cache has left out before."""
+        if partition.stored is not None and partition.stored.keyless:
+            owned = partition.owned_rows
+            for position, keyless in self._positions():
+                if keyless:
+                    outputs[position] = _taken(outputs[position], owned)
+
+    def _positions(self) -> list[tuple[int, bool]]:
+        """Where the graph returns the tensors of a growing cache; and whether they are keys that lack visual rows."""
+        return [
+            (tensor.after, layer.keyless and tensor is layer.key)
+            for layer in self.layers
+            for tensor in (layer.key, layer.value)
+            if tensor is not None and tensor.after is not None
+        ]
 
     def _step(
         self,
@@ -275,7 +289,7 @@ class PartitionRuntime:
                 if layer.decides:
                     order = partition.next_order(layer.layer, scores[layer.layer])
                     if order is not None:
-                        self._move(layer, order, args, outputs)
+                        self._move(layer, order, args, outputs, partition, text=False)
         stored = partition.stored
         if partition.text is not None:
             partition.text.append(partition.length, None if stored is None else stored.length)
@@ -297,9 +311,11 @@ class PartitionRuntime:
         if moves is not None:
             for layer in self.layers:
                 if layer.decides:
-                    self._move(layer, moves, args, outputs)
-        for position in self._positions():
-            outputs[position] = shorter(outputs[position], partition.length)
+                    self._move(layer, moves, args, outputs, partition)
+        assert partition.stored is not None
+        for position, keyless in self._positions():
+            left_out = partition.stored.keyless if keyless else 0
+            outputs[position] = shorter(outputs[position], partition.length - left_out)
 
     def _forget(
         self,
@@ -316,19 +332,40 @@ class PartitionRuntime:
                 order = partition.text.forget(layer.layer, scores[layer.layer], appended)
                 if order is not None:
                     device = scores[layer.layer].device
-                    self._move(layer, (order[0].to(device), order[1].to(device)), args, outputs)
+                    order = order[0].to(device), order[1].to(device)
+                    self._move(layer, order, args, outputs, partition if self.decode else None)
         partition.text.settle(appended)
 
     def _move(
-        self, anchor: PartitionedLayer, order: tuple[Tensor, Tensor], args: Sequence[Any], outputs: Sequence[Any]
+        self,
+        anchor: PartitionedLayer,
+        order: tuple[Tensor, Tensor],
+        args: Sequence[Any],
+        outputs: Sequence[Any],
+        partition: Partition | None = None,
+        text: bool = True,
     ) -> None:
-        """Reorder the rows of ``anchor`` and of the lazy layers that follow it."""
-        source, slots = order
+        """Reorder the rows of ``anchor`` and of the lazy layers that follow it.
+
+        Args:
+            anchor: the layer that decides.
+            order: ``(source, slots)`` as `avl::partition_` takes them.
+            args: the graph's inputs.
+            outputs: the model's own outputs of the graph.
+            partition: the state where keys of lazy layers may lack visual rows; ``None``: they have all of them.
+            text: whether rows of text move.
+        """
+        moved = None
         for layer in self.layers:
             if layer.scores_from == anchor.layer:
                 key = None if layer.key is None else self._after(args, outputs, layer.key)
                 value = self._after(args, outputs, layer.value)
-                partition_(key, value, source, slots)
+                if layer.keyless and partition is not None and partition.lacks_keys:
+                    if text:
+                        moved = moved or partition.moved_keys(order)
+                        partition_(key, None, *moved)
+                    key = None
+                partition_(key, value, *order)
 
     def _put_back(self, partition: Partition, args: Sequence[Any], outputs: Sequence[Any]) -> None:
         """The partition ends: no crop may find a row elsewhere than it entered."""
@@ -354,6 +391,16 @@ class PartitionRuntime:
             return outputs[tensor.after]
         assert tensor.before is not None
         return args[tensor.before]
+
+
+def _taken(rows: Tensor, source: Tensor) -> Tensor:
+    """``rows`` ``[batch, kv_heads, keys, dim]`` at ``source`` int64 ``[batch, kept]``, zeros where that is -1."""
+    kept = room(rows, source.shape[1], spare=COMPACT_SPARE_ROWS)
+    for number, index in enumerate(source):
+        there = index[index >= 0]
+        kept[number, :, : len(there)] = rows[number].index_select(1, there.to(rows.device))
+        kept[number, :, len(there) :] = 0
+    return kept
 
 
 def _all_visible(visual: Tensor, last_mask: Tensor | None, late: bool) -> bool:

@@ -230,6 +230,12 @@ class Plan(FrozenModel):
         return policy is not None and policy.mode == "vla_scores" and not policy.is_identity
 
     @property
+    def spares_visual_keys(self) -> bool:
+        """Whether lazy layers need keys of their own, but not at visual positions: modes ``vla`` and ``vla_scores``."""
+        policy = self.lazy_policy
+        return policy is not None and policy.mode != "gla" and not policy.is_identity
+
+    @property
     def tracks_visual(self) -> bool:
         """Whether steps depend on which rows of the cache are visual, or text that has left."""
         return self.reads_less or self.inherits_scores

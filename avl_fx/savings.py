@@ -97,11 +97,13 @@ def compact_cache_bytes(
     secondary: float,
     layers: Sequence[LayerShape],
     lazy_layers: Collection[int] = (),
+    mode: str = "gla",
 ) -> int:
     """Bytes of a cache that stores nothing but what the plan may still read.
 
     All batch rows take as many cache rows as the one that needs most: ``max(text + int(secondary * visual))``. Each
-    layer stores a key and a value a row and KV head; a lazy layer (mode ``gla``) its value only.
+    layer stores a key and a value a row and KV head. A lazy layer stores no key in mode ``gla``. In the modes ``vla``
+    and ``vla_scores`` it has none for visual rows, for as many of them as every batch row has.
 
     A stock cache of the same tokens takes `kv_bytes` of the whole length in each layer, whatever the plan says.
 
@@ -112,13 +114,17 @@ def compact_cache_bytes(
         secondary: share of them that is kept; 1.0 under a plan without section ``vision``.
         layers: those that are partitioned. What others (sliding windows, cross-attention) store is `kv_bytes`.
         lazy_layers: indices into ``layers``.
+        mode: of the lazy layers.
 
     Raises:
         ValueError: ``text`` and ``visual`` are for different batches.
     """
     rows = max((t + visual_kept(v, secondary) for t, v in zip(text, visual, strict=True)), default=0)
+    fewest = min((visual_kept(v, secondary) for v in visual), default=0)
+    lazy_keys = 0 if mode == "gla" else rows - max(0, min(fewest, rows - 1))
     return sum(
-        key_bytes(len(text), s.kv_heads, rows, s.value_dim + (0 if n in lazy_layers else s.head_dim), s.itemsize)
+        key_bytes(len(text), s.kv_heads, lazy_keys if n in lazy_layers else rows, s.head_dim, s.itemsize)
+        + key_bytes(len(text), s.kv_heads, rows, s.value_dim, s.itemsize)
         for n, s in enumerate(layers)
     )
 

@@ -36,6 +36,10 @@ class StoredRows:
     """Rows when the cache was packed: what came since stands behind them."""
     visual: list[int]
     """Visual tokens fed so far."""
+    keyless: int = 0
+    """The keys of lazy layers in the modes ``vla`` and ``vla_scores`` lack so many rows: in each batch row the first so
+    many that are visual. As many as every batch row has, so that keys appended later lie at one place in all of them.
+    """
     shown: list[int] | None = None
     """Under a text window, where a row of text may hold another token in each layer, all of them visible: a column that
     is visible too, or ``-1`` for a batch row whose text all stays."""

@@ -147,13 +147,16 @@ def _anchor(dtype: torch.dtype, heads: int, kv_heads: int, mask: bool) -> None:
     partitioned_decode_triton(query, key, value, new, new, masked, segments, None, 0.1, kept=kept)
 
 
-def _inherited(dtype: torch.dtype, heads: int, kv_heads: int, own: bool) -> None:
+def _inherited(dtype: torch.dtype, heads: int, kv_heads: int, own: bool, anchor: bool = False) -> None:
     from avl_fx.kernels.inherited_decode.triton import inherited_decode_triton
 
     key, value = (torch.zeros(2, kv_heads, 80, 128, dtype=dtype)[:, :, :64] for _ in range(2))
     new, ranges = torch.zeros(2, kv_heads, 1, 128, dtype=dtype), torch.zeros(2, 4, 2, dtype=torch.int64)
     query, logits = torch.zeros(2, heads, 1, 128, dtype=dtype), torch.zeros(2, heads, 65)
-    if own:
+    if anchor:
+        short, theirs = key[:, :, :32], torch.zeros_like(value)
+        inherited_decode_triton(None, query, short, value, new, new, None, ranges, ranges, 0.1, theirs)
+    elif own:
         mask = torch.zeros(2, 1, 1, 65) > 0
         inherited_decode_triton(logits, query, key, value, new, new, mask, ranges, ranges, 0.1)
     else:
@@ -198,6 +201,10 @@ SPECIMENS: dict[str, tuple[str, Callable[[], None]]] = {
     "bfloat16, 28/4 heads, own and inherited": (
         "inherited_decode",
         lambda: _inherited(torch.bfloat16, 28, 4, True),
+    ),
+    "bfloat16, 28/4 heads, own keys and the anchor's": (
+        "inherited_decode",
+        lambda: _inherited(torch.bfloat16, 28, 4, True, anchor=True),
     ),
     "bfloat16, 32/8 heads, causal": ("visual_scores", lambda: _scores(torch.bfloat16, 32, 8, "causal", 1)),
     "bfloat16, 28/4 heads, causal": ("visual_scores", lambda: _scores(torch.bfloat16, 28, 4, "causal", 1)),

@@ -137,6 +137,13 @@ class CompactRows:
     columns: fx.Node | None = None
     """An input of the graph, int64 ``[batch, rows]``: the column of the model's mask for each stored row, ``-1`` for a
     row that a batch row has not."""
+    key_rows: fx.Node | None = None
+    """An input of the graph, int64 ``[batch, rows]``: where a lazy layer's own keys have each stored row, ``-1`` for a
+    visual one that it takes from its anchor."""
+    short: dict[int, Site] = field(default_factory=dict)
+    """Input positions of keys that may lack such rows, and the site that can do without."""
+    spread: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """What stands for the keys of such an input where a graph wants all rows -> the input."""
 
 
 @dataclass
@@ -154,6 +161,8 @@ class PartitionedLayer:
     """
     scored: bool = False
     """Whether the graph returns `weights`."""
+    keyless: bool = False
+    """A lazy layer that takes from its anchor what it needs of visual keys: a compact cache stores none for it."""
 
     @property
     def decides(self) -> bool:
@@ -252,6 +261,11 @@ class PassContext:
     adopt: list[GrowingTensor] = field(default_factory=list)
     """Caches that this decode graph copies for want of room."""
     initially_unused: frozenset[fx.Node] = frozenset()
+
+    @property
+    def tracks_visual(self) -> bool:
+        """Whether the runtime has to know which rows of the cache are visual."""
+        return self.plan.tracks_visual or (self.compact is not None and self.plan.spares_visual_keys)
 
     def emptied(self) -> list[int]:
         """Output positions where the rewritten graph returns nothing and the runtime puts something; ascending."""

@@ -6,6 +6,9 @@ and the others (`avl::inherited_decode`) read that and their values: a step of a
 It applies where the earlier stages brought a whole block to `avl::partitioned_decode`, which they do where that pays.
 On a GPU nothing else has to speak for it, so there the block is brought here.
 
+*Mode* ``vla``. Prompts are the business of `substitute_visual`, and a stock cache holds what steps read. A compact one
+stores no visual keys for a lazy layer: there a step reads its anchor's.
+
 *Mode* ``vla_scores``. Logits against visual keys are the anchor's, those against text keys the layer's own, and one
 softmax covers both. A decode step does the same as above, and names the keys that are inherited. A prompt puts both
 pairs of queries and keys beside each other: keys are zero in the half that is not theirs, so one product of twice the
@@ -23,7 +26,7 @@ from torch import Tensor, fx
 # Importing the operators registers them.
 from avl_fx.kernels import inherited_decode as _inherited_decode  # noqa: F401
 from avl_fx.passes.context import PassContext
-from avl_fx.passes.nodes import op
+from avl_fx.passes.nodes import alias_root, op
 from avl_fx.passes.read_ranges import attending, decodes, read_everything
 from avl_fx.passes.rewrite import insert_call, insert_traced, remove_dead
 from avl_fx.passes.share_queries import lazy_blocks, same_value
@@ -41,11 +44,13 @@ def inherit_scores(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     """Let lazy sites read their anchor's logits: all of them, or those against visual keys."""
     result = PassResult("inherit_scores")
     policy = ctx.plan.lazy_policy
-    if policy is None or policy.mode == "vla":
+    if policy is None or (policy.mode == "vla" and ctx.compact is None):
         return result
     for anchor, lazy in lazy_blocks(ctx):
         if policy.mode == "gla":
             _inherit_all(anchor, lazy, result)
+        elif policy.mode == "vla":
+            _read_theirs(gm, ctx, anchor, lazy, result)
         else:
             _inherit_visual(gm, ctx, anchor, lazy, result)
     remove_dead(gm.graph, ctx.initially_unused, keep=ctx.keep())
@@ -89,13 +94,45 @@ def _hand_on(node: fx.Node) -> fx.Node:
     return insert_call(kept.next, operator.getitem, kept, 2)
 
 
-def _take(site: Site, logits: fx.Node, *arguments: Any) -> None:
+def _take(site: Site, logits: fx.Node | None, *arguments: Any, anchor_key: fx.Node | None = None) -> None:
     """Let ``site`` attend with ``logits``; ``arguments`` as of `avl::inherited_decode`, from the query on."""
     node = attending(site)
-    out = insert_call(node, torch.ops.avl.inherited_decode.default, logits, *arguments, node.args[_SCALE])
+    more = () if anchor_key is None else (anchor_key,)
+    out = insert_call(node, torch.ops.avl.inherited_decode.default, logits, *arguments, node.args[_SCALE], *more)
     for part in [user for user in node.users if op(user) == "getitem" and user.args[1] == 0]:
         part.replace_all_uses_with(out)
     site.node = out
+
+
+# ---- visual keys (vla, compact caches) -------------------------------------------------------------------------------
+
+
+def _read_theirs(gm: fx.GraphModule, ctx: PassContext, anchor: Site, lazy: list[Site], result: PassResult) -> None:
+    heirs = [site for site in lazy if attending(site).target is _DECODE and attending(anchor).target is _DECODE]
+    if not heirs:
+        return
+    inherited, added = past_ranges(gm, ctx)
+    result.new_inputs += added
+    for site in heirs:
+        if inherited is None:
+            result.refuse(site, Reason.VISUAL_UNKNOWN)
+            continue
+        _may_be_short(gm, ctx, site)
+        query, key, value, new_key, new_value, mask, segments, _, _ = attending(site).args
+        theirs: Any = attending(anchor).args[_KEY]
+        arguments = query, key, value, new_key, new_value, mask, segments, inherited
+        _take(site, None, *arguments, anchor_key=theirs)
+        result.count += 1
+
+
+def _may_be_short(gm: fx.GraphModule, ctx: PassContext, site: Site) -> None:
+    """Take note that the keys of ``site``, a decode step's, may lack visual rows in a compact cache."""
+    if ctx.compact is None:
+        return
+    root = alias_root(attending(site).args[_KEY])  # type: ignore[arg-type]
+    stored = alias_root(root.args[0][0]) if op(root) == "cat" else root  # type: ignore[index, arg-type]
+    if stored.op == "placeholder":
+        ctx.compact.short[[n for n in gm.graph.nodes if n.op == "placeholder"].index(stored)] = site
 
 
 # ---- logits against visual keys (vla_scores) -------------------------------------------------------------------------
@@ -112,6 +149,7 @@ def _inherit_visual(gm: fx.GraphModule, ctx: PassContext, anchor: Site, lazy: li
             return
         logits = _hand_on(attending(anchor))
         for site in heirs:
+            _may_be_short(gm, ctx, site)
             query, key, value, new_key, new_value, mask, segments, _, _ = attending(site).args
             _take(site, logits, query, key, value, new_key, new_value, mask, segments, inherited)
             site.inherits = "visual"

@@ -27,7 +27,7 @@ from avl_fx.kernels import visual_scores as _visual_scores  # noqa: F401
 from avl_fx.passes.context import CachedTensor, PartitionedLayer, PartitionIO, PassContext
 from avl_fx.passes.drop_keys import output_positions
 from avl_fx.passes.nodes import alias_root, arg, fake, mutated_input, op, same_shape, shape, writes_to
-from avl_fx.passes.read_ranges import read_ranges, take_ranges
+from avl_fx.passes.read_ranges import read_ranges, take_ranges, takes
 from avl_fx.passes.rewrite import insert_call, remove_dead
 from avl_fx.passes.share_queries import decoder_sites, same_value
 from avl_fx.passes.site import PassResult, Reason, Site, Status
@@ -42,17 +42,19 @@ _SAME_TENSOR = frozenset({"detach", "alias"})
 def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     """Apply ``ctx.plan``'s sections ``vision`` and ``text`` to the decoder's sites; keep track of visual keys."""
     result = PassResult("partition_modalities")
-    if not ctx.plan.tracks_visual:
+    if not ctx.tracks_visual:
         return result
     window = 1 if ctx.plan.vision_policy is None else ctx.plan.vision_policy.scoring_window
     layers: list[tuple[Site, PartitionedLayer]] = []
     by_key: dict[fx.Node, Site] = {}
     for site in decoder_sites(ctx):
-        if site.node is None or site.status is Status.REFUSED or not (ctx.plan.reads_less or _in_block(site)):
+        if site.node is None or site.status is Status.REFUSED:
             continue
-        outcome = _understand(gm, site, by_key, layers)
+        if not (ctx.plan.reads_less or ctx.compact is not None or _in_block(site)):
+            continue  # the layers of a compact cache have one layout
+        outcome = _understand(gm, ctx, site, by_key, layers)
         if not isinstance(outcome, PartitionedLayer) and outcome[0] is Reason.NO_CACHE:
-            if not (ctx.plan.inherits_scores and _in_block(site)):  # prompts inherit without a cache, too
+            if not (ctx.plan.spares_visual_keys and _in_block(site)):  # prompts inherit without a cache, too
                 result.refuse(site, *outcome)
             continue
         if isinstance(outcome, PartitionedLayer):
@@ -110,7 +112,11 @@ def _in_block(site: Site) -> bool:
 
 
 def _understand(
-    gm: fx.GraphModule, site: Site, by_key: dict[fx.Node, Site], layers: list[tuple[Site, PartitionedLayer]]
+    gm: fx.GraphModule,
+    ctx: PassContext,
+    site: Site,
+    by_key: dict[fx.Node, Site],
+    layers: list[tuple[Site, PartitionedLayer]],
 ) -> PartitionedLayer | tuple[Reason, str]:
     """Where the runtime finds keys and values of ``site`` before and after a call; or why it is not partitioned.
 
@@ -130,8 +136,8 @@ def _understand(
         return Reason.POSITION_MASK, "another mask than the first layer's"
     key, value = site.node.args[_KEY], site.node.args[_VALUE]
     anchor = by_key.get(key)  # type: ignore[arg-type]
-    stored_value = _stored(gm, value)
-    stored_key = None if anchor is not None else _stored(gm, key)
+    stored_value = _stored(gm, ctx, value)
+    stored_key = None if anchor is not None else _stored(gm, ctx, key)
     if stored_value is None or (stored_key is None and anchor is None):
         return Reason.NOT_THE_CACHE, "keys" if stored_value is not None else "values"
     scores_from = site.layer if anchor is None else anchor.layer
@@ -141,10 +147,11 @@ def _understand(
             return Reason.ANCHOR_REFUSED, ""
         scores_from = site.anchor
     assert scores_from is not None
-    return PartitionedLayer(site.layer, scores_from, stored_key, stored_value)
+    keyless = site.anchor is not None and stored_key is not None and takes(fake(site.node.args[_QUERY]))
+    return PartitionedLayer(site.layer, scores_from, stored_key, stored_value, keyless=keyless)
 
 
-def _stored(gm: fx.GraphModule, tensor: Any) -> CachedTensor | None:
+def _stored(gm: fx.GraphModule, ctx: PassContext, tensor: Any) -> CachedTensor | None:
     """Where ``tensor`` is kept between calls; ``None`` unless it is a cache tensor as it stands, or its first rows."""
     node = tensor
     while isinstance(node, fx.Node):
@@ -168,6 +175,7 @@ def _stored(gm: fx.GraphModule, tensor: Any) -> CachedTensor | None:
     before = None
     if op(root) == "cat" and isinstance(root.args[0], tuple | list) and len(root.args[0]) == 2:
         past = alias_root(root.args[0][0])  # type: ignore[arg-type]
+        past = past if ctx.compact is None else ctx.compact.spread.get(past, past)
         before = placeholders.index(past) if past.op == "placeholder" else None
     return CachedTensor(before=before, after=positions[0])
 

@@ -21,6 +21,7 @@ from avl_fx.passes.read_once import read_once
 from avl_fx.passes.resolve_rows import resolve_rows
 from avl_fx.passes.share_queries import share_queries
 from avl_fx.passes.site import PassResult
+from avl_fx.passes.spread_keys import spread_keys
 from avl_fx.passes.substitute_visual import substitute_visual
 from avl_fx.passes.verify import GraphFacts, verify
 
@@ -34,6 +35,7 @@ STAGES: tuple[Pass, ...] = (
     observe_attention,  # calibration: a prompt also returns the attention rows of its last query
     resolve_rows,  # a compact cache: the rows that are there for those that the model believes in
     share_queries,  # lazy blocks inherit queries and keys; dead projections and key writes go
+    spread_keys,  # a compact cache: keys that it stores for a lazy layer, among those that it does not
     substitute_visual,  # or inherit them at visual positions
     partition_modalities,  # decode reads text and core; the rest of the visual keys is skipped
     append_in_place,  # a growing cache is not copied at each step

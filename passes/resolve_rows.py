@@ -40,7 +40,7 @@ def resolve_rows(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     placeholders = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     sites = [s for s in ctx.sites if s.node is not None and s.status is not Status.REFUSED and _reads(s, appended)]
     misfits = {n for s in sites if not _mask_fits(s) for n in _rows(s)}
-    understood = {n for s in sites for n in _rows(s) if ctx.plan.tracks_visual or not _lacks_rows(n)} - misfits
+    understood = {n for s in sites for n in _rows(s) if ctx.tracks_visual or not _lacks_rows(n)} - misfits
     readers = {s.node for s in sites}
     resolved = [n for n in appended if _starts(n) or (n in understood and _only_read_by(n, readers))]
     for site in sites:
@@ -50,7 +50,7 @@ def resolve_rows(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         if not _starts(node):
             ctx.compact.stored.append(_stored(node, placeholders, complete=node not in resolved))
     continued = [s for s in sites if s.status is not Status.REFUSED and not any(map(_starts, _rows(s)))]
-    if ctx.plan.tracks_visual and continued:
+    if ctx.tracks_visual and continued:
         result.new_inputs = _fit_masks(gm, ctx, continued)
     for node in resolved:
         grown = insert_call(node, torch.cat, [node.args[0], node.args[1]], 2)

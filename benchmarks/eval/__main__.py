@@ -1,7 +1,7 @@
 """``python -m benchmarks.eval``: what both papers' methods cost the petite model in answers, against every control.
 
 For each data set it writes ``<output>/<data set>/evaluation.{json,md,png}`` and every answer; starting again goes on
-where it was cut off. ``--quick`` looks at few pictures and one budget.
+where it was cut off. ``--quick`` asks a few questions of one data set a task, at one budget.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from examples.petite_vlm.model import ADAPTER, load_petite_vlm
 
 console = Console()
 SHARES = (0.5, 0.3, 0.1)
+QUICK = ("easy_vqa", "captions", "words")
+"""One data set a task."""
 
 
 def calibrated_blocks(model: torch.nn.Module, processor: object, name: str, images: int) -> Plan:
@@ -48,7 +50,8 @@ def main(
     batch: Annotated[int, typer.Option(min=2)] = 16,
     compiler: str = "eager",
     ablation: Annotated[bool, typer.Option("--ablations", help="A-VL, a setting at a time")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="8 pictures, 30% of the keys, no lazy plans")] = False,
+    limit: Annotated[int | None, typer.Option(help="batches of each data set at most", min=1)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="one batch a task, 30% of the keys, no lazy plans")] = False,
     output: Annotated[Path, typer.Option(help="folder for the results")] = RESULTS,
 ) -> None:
     """Answer all questions as every contender, and compare."""
@@ -59,18 +62,20 @@ def main(
     model, processor = load_petite_vlm(adapter)
     layers: int = model.config.get_text_config().num_hidden_layers
     budgets = shares or ((0.3,) if quick else SHARES)
-    pictures, learnt = (min(images, 8), 0) if quick else (images, calibration)
+    if quick:
+        datasets, limit, calibration = datasets or list(QUICK), 1, 0
     for name in datasets or list(METRIC_OF):
         blocks: tuple[tuple[int, int], ...] = ()
-        if learnt:
-            policy = calibrated_blocks(model, processor, name, learnt).lazy_policy
+        if calibration:
+            policy = calibrated_blocks(model, processor, name, calibration).lazy_policy
             blocks = () if policy is None else policy.blocks
-        task = task_of(name, processor, pictures, batch)
+        task = task_of(name, processor, images, batch)
         if ablation:
             ways = ablations(budgets[0], blocks, layers, compiler)
         else:
             ways = contenders(budgets, blocks, layers, compiler)
-        report = avl_fx.evaluate(model, task, ways, output=output / (f"{name}-ablations" if ablation else name))
+        folder = output / (f"{name}-ablations" if ablation else name)
+        report = avl_fx.evaluate(model, task, ways, output=folder, limit=limit)
         console.print(report.markdown(), markup=False)
     console.print(f"saved in {output}")
 

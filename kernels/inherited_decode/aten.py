@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from avl_fx.kernels.inherited_decode.reference import named, own_logits
+from avl_fx.kernels.inherited_decode.reference import every_key, named, own_logits
 from avl_fx.kernels.partitioned_decode.aten import partitioned_decode_aten
 from avl_fx.kernels.partitioned_decode.capacity import with_spare_row
 
@@ -26,7 +26,7 @@ def anchor_decode_aten(
 
 
 def inherited_decode_aten(
-    logits: Tensor,
+    logits: Tensor | None,
     query: Tensor | None,
     key: Tensor | None,
     value: Tensor,
@@ -36,6 +36,7 @@ def inherited_decode_aten(
     segments: Tensor | None,
     inherited: Tensor | None,
     scale: float,
+    anchor_key: Tensor | None = None,
 ) -> Tensor:
     """`avl::inherited_decode` on CPU; see the schema for shapes."""
     if new_value is not None:
@@ -45,10 +46,12 @@ def inherited_decode_aten(
         key = with_spare_row(key)
         key.narrow(2, key.shape[2] - 1, 1).copy_(new_key)
     batch, kv_heads, keys, value_dim = value.shape
-    heads = logits.shape[1]
     if query is not None and key is not None:
+        own = own_logits(query, every_key(key, anchor_key, inherited, keys), mask, None, scale)
         theirs = named(inherited, batch, keys, value.device)[:, None]
-        logits = torch.where(theirs, logits, own_logits(query, key, mask, None, scale))
+        logits = own if logits is None else torch.where(theirs, logits, own)
+    assert logits is not None
+    heads = logits.shape[1]
     hidden = ~named(segments, batch, keys, value.device)[:, None].expand(batch, heads, keys)
     if mask is not None:
         full = mask.expand(batch, heads, 1, keys).squeeze(2)

@@ -28,7 +28,7 @@ def anchor_decode_cpu(
 
 
 def inherited_decode_cpu(
-    logits: Tensor,
+    logits: Tensor | None,
     query: Tensor | None,
     key: Tensor | None,
     value: Tensor,
@@ -38,6 +38,7 @@ def inherited_decode_cpu(
     segments: Tensor | None,
     inherited: Tensor | None,
     scale: float,
+    anchor_key: Tensor | None = None,
 ) -> Tensor:
     """`avl::inherited_decode` on CPU; see the schema for shapes."""
     if new_value is not None:
@@ -46,11 +47,14 @@ def inherited_decode_cpu(
         check_spare_row(key)
     done = run(
         *(query, key, value, new_key, new_value, mask, segments, None, scale),
-        heads=logits.shape[1],
+        heads=(query if query is not None else logits).shape[1],  # type: ignore[union-attr]
         dtype=value.dtype,
-        logits=logits.contiguous(),
+        logits=None if logits is None else logits.contiguous(),
         inherited=inherited,
+        anchor_key=anchor_key,
     )
     if done is not None:
         return done[0]
-    return inherited_decode_aten(logits, query, key, value, new_key, new_value, mask, segments, inherited, scale)
+    return inherited_decode_aten(
+        logits, query, key, value, new_key, new_value, mask, segments, inherited, scale, anchor_key
+    )

@@ -47,8 +47,29 @@ def named(ranges: Tensor | None, batch: int, keys: int, device: torch.device) ->
     return ((positions >= start) & (positions - start < length)).any(1)
 
 
+def every_key(key: Tensor, anchor_key: Tensor | None, inherited: Tensor | None, keys: int) -> Tensor:
+    """``[batch, kv_heads, keys, head_dim]``: the key that belongs to each value; where none does, anything.
+
+    Args:
+        key: those of the layer, ``[batch, kv_heads, rows, head_dim]``, without the first inherited ones.
+        anchor_key: takes their place wherever they are inherited; it may lack the newest row.
+        inherited: ranges int64 ``[batch, T, 2]``.
+        keys: values.
+    """
+    batch, kv_heads, rows, head_dim = key.shape
+    theirs = named(inherited, batch, keys, key.device)
+    earlier = theirs.cumsum(1) - theirs.long()
+    own = torch.arange(keys, device=key.device) - earlier.clamp(max=keys - rows)
+    index = own.clamp(0, rows)[:, None, :, None].expand(-1, kv_heads, -1, head_dim)
+    found = torch.nn.functional.pad(key, (0, 0, 0, 1)).gather(2, index)
+    if anchor_key is not None:
+        there = anchor_key.shape[2]
+        found[:, :, :there] = torch.where(theirs[:, None, :there, None], anchor_key, found[:, :, :there])
+    return found
+
+
 def inherited_decode_reference(
-    logits: Tensor,
+    logits: Tensor | None,
     query: Tensor | None,
     key: Tensor | None,
     value: Tensor,
@@ -58,6 +79,7 @@ def inherited_decode_reference(
     segments: Tensor | None,
     inherited: Tensor | None,
     scale: float,
+    anchor_key: Tensor | None = None,
 ) -> Tensor:
     """Reference of `avl::inherited_decode`; see the schema for shapes. Accumulates in float32, or float64."""
     if new_value is not None:
@@ -67,12 +89,14 @@ def inherited_decode_reference(
         key = with_spare_row(key)
         key[:, :, -1:] = new_key
     batch, kv_heads, keys, _ = value.shape
-    heads = logits.shape[1]
-    group = heads // kv_heads
     work = torch.float64 if value.dtype == torch.float64 else torch.float32
     if query is not None and key is not None:
+        own = own_logits(query, every_key(key, anchor_key, inherited, keys), mask, None, scale)
         theirs = named(inherited, batch, keys, value.device)[:, None]
-        logits = torch.where(theirs, logits, own_logits(query, key, mask, None, scale))
+        logits = own if logits is None else torch.where(theirs, logits, own)
+    assert logits is not None
+    heads = logits.shape[1]
+    group = heads // kv_heads
     out = value.new_zeros(batch, heads, 1, value.shape[-1])
     read = named(segments, batch, keys, value.device)
     visible = None if mask is None else mask.expand(batch, heads, 1, keys).squeeze(2)

@@ -2,7 +2,7 @@
 
 The anchor's is that of `avl::partitioned_decode`, which writes its logits out. A lazy layer's is built alike: one
 program for each key/value head and split, and the same joining of splits. Its tiles of logits are loaded; products with
-keys are made in tiles that hold a key whose logit is not inherited.
+keys are made in tiles that hold a key whose logit is not inherited, and with the anchor's keys where those are.
 """
 
 import torch
@@ -45,7 +45,7 @@ def anchor_decode_triton(
     return (*partitioned_decode_triton(*arguments, kept=kept), kept)
 
 
-@triton.jit(do_not_specialize=["keys"])
+@triton.jit(do_not_specialize=["keys", "anchor_keys", "left_out"])
 def inherit_kernel(
     inherited_logits,
     query,
@@ -54,11 +54,14 @@ def inherit_kernel(
     mask,
     segments,
     inherited,
+    anchor_key,
     part_out,
     part_max,
     part_sum,
     scale,
     keys,
+    anchor_keys,
+    left_out,
     kv_heads,
     entries,
     inherited_entries,
@@ -73,11 +76,15 @@ def inherit_kernel(
     mask_batch,
     mask_head,
     mask_key,
+    anchor_batch,
+    anchor_head,
+    anchor_row,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     MASK: tl.constexpr,
     OWN: tl.constexpr,
+    ANCHOR: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -85,21 +92,25 @@ def inherit_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """Attention of one group of heads over one split of what its batch row reads; ``OWN``: not all is inherited."""
+    """Attention of one group of heads over one split of what its batch row reads; ``OWN``: not all is inherited;
+    ``ANCHOR``: keys are, and not logits."""
     program = tl.program_id(0).to(tl.int64)
     split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     batch_row, kv_head = program // kv_heads, program % kv_heads
     g, d, v = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     head = kv_head * GROUP + g
     value += batch_row * value_batch + kv_head * value_head
-    inherited_logits += program * GROUP * keys
+    if ANCHOR:
+        anchor_key += batch_row * anchor_batch + kv_head * anchor_head
+    else:
+        inherited_logits += program * GROUP * keys
     if MASK != "none":
         mask += batch_row * mask_batch + kv_head * GROUP * mask_head
     if OWN:
         in_query = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
         q = tl.load(query + batch_row * query_batch + head[:, None] * query_head + d[None, :], mask=in_query, other=0.0)
         key += batch_row * key_batch + kv_head * key_head
-        their_start, their_length = _ranges(inherited, batch_row, keys, inherited_entries, BLOCK_I)
+        their_start, their_length = _ranges(inherited, batch_row, anchor_keys, inherited_entries, BLOCK_I)
 
     start, length = _ranges(segments, batch_row, keys, entries, BLOCK_S)
     behind = tl.cumsum(length, 0)
@@ -120,21 +131,29 @@ def inherit_kernel(
         if MASK != "none":
             bias = _hides(mask, g, position, read, mask_head, mask_key, GROUP, MASK)
             read = read & (tl.max(bias, axis=0) != float("-inf"))
-        in_logits = (g < GROUP)[:, None] & read[None, :]
-        theirs = g.to(tl.int64)[:, None] * keys + position[None, :]
         if OWN:
-            their_end = their_start + their_length
-            covered = (position[:, None] >= their_start[None, :]) & (position[:, None] < their_end[None, :])
+            # How far each key is behind the start of each inherited range: inside it, it is inherited.
+            behind_start = position[:, None] - their_start[None, :]
+            covered = (behind_start >= 0) & (behind_start < their_length[None, :])
             is_theirs = tl.max(covered.to(tl.int32), axis=1) > 0
-            in_logits = in_logits & is_theirs[None, :]
-        logits = tl.load(inherited_logits + theirs, mask=in_logits, other=float("-inf")) * LOG2_E
-        if OWN:
+            earlier = tl.sum(tl.minimum(tl.maximum(behind_start, 0), their_length[None, :]), axis=1)
+            row = position - tl.minimum(earlier, left_out)
             in_key = (read & (is_theirs == 0))[:, None] & (d < HEAD_DIM)[None, :]
-            k = tl.load(key + position[:, None] * key_row + d[None, :], mask=in_key, other=0.0)
-            own = _logits(q, k, scale, BLOCK_G)
+            k = tl.load(key + row[:, None] * key_row + d[None, :], mask=in_key, other=0.0)
+            if ANCHOR:
+                in_anchor = (read & is_theirs)[:, None] & (d < HEAD_DIM)[None, :]
+                their_key = anchor_key + position[:, None] * anchor_row + d[None, :]
+                k = tl.where(is_theirs[:, None], tl.load(their_key, mask=in_anchor, other=0.0), k)
+            logits = _logits(q, k, scale, BLOCK_G)
             if MASK != "none":
-                own = own + bias
-            logits = tl.where(is_theirs[None, :], logits, own)
+                logits = logits + bias
+        if not ANCHOR:
+            in_logits = (g < GROUP)[:, None] & read[None, :]
+            if OWN:
+                in_logits = in_logits & is_theirs[None, :]
+            theirs = g.to(tl.int64)[:, None] * keys + position[None, :]
+            given = tl.load(inherited_logits + theirs, mask=in_logits, other=float("-inf")) * LOG2_E
+            logits = tl.where(is_theirs[None, :], given, logits) if OWN else given
         if MASK != "none":
             logits = tl.where(bias == float("-inf"), float("-inf"), logits)
         logits = tl.where(read[None, :], logits, float("-inf"))
@@ -157,7 +176,7 @@ def inherit_kernel(
 
 
 def inherited_decode_triton(
-    logits: Tensor,
+    logits: Tensor | None,
     query: Tensor | None,
     key: Tensor | None,
     value: Tensor,
@@ -167,6 +186,7 @@ def inherited_decode_triton(
     segments: Tensor | None,
     inherited: Tensor | None,
     scale: float,
+    anchor_key: Tensor | None = None,
 ) -> Tensor:
     """`avl::inherited_decode` on CUDA and ROCm; see the schema for shapes."""
     if new_value is not None:
@@ -176,19 +196,19 @@ def inherited_decode_triton(
         key = with_spare_row(key)
         key.narrow(2, key.shape[2] - 1, 1).copy_(new_key)
     batch, kv_heads, keys, value_dim = value.shape
-    heads = logits.shape[1]
+    heads = (query if query is not None else logits).shape[1]  # type: ignore[union-attr]
     group = heads // kv_heads
     if segments is None:
         segments = value.new_zeros(batch, 1, 2, dtype=torch.int64)
         segments[..., 1] = keys
-    segments, logits = segments.contiguous(), logits.contiguous()
+    segments, logits = segments.contiguous(), None if logits is None else logits.contiguous()
     query_strides: tuple[int, ...] = (0, 0)
     key_strides: tuple[int, ...] = (0, 0, 0)
-    head_dim = 1
+    head_dim, left_out = 1, 0
     if query is not None and key is not None and inherited is not None:
         query = query if query.stride(3) == 1 else query.contiguous()
         query_strides, key_strides, head_dim = query.stride()[:2], key.stride()[:3], query.shape[3]
-        inherited = inherited.contiguous()
+        inherited, left_out = inherited.contiguous(), keys - key.shape[2]
     kind, mask, mask_strides = _mask(mask, (batch, heads, 1, keys))
     splits = split_count(batch * kv_heads, keys, value.device)
     block_v = max(16, triton.next_power_of_2(value_dim))
@@ -204,11 +224,14 @@ def inherited_decode_triton(
         mask,
         segments,
         inherited,
+        anchor_key,
         part_out,
         part_max,
         part_sum,
         scale,
         keys,
+        keys if anchor_key is None else min(keys, anchor_key.shape[2]),
+        left_out,
         kv_heads,
         segments.shape[1],
         0 if inherited is None else inherited.shape[1],
@@ -216,11 +239,13 @@ def inherited_decode_triton(
         *key_strides,
         *value.stride()[:3],
         *mask_strides,
+        *((0, 0, 0) if anchor_key is None else anchor_key.stride()[:3]),
         GROUP=group,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
         MASK=kind,
         OWN=query is not None,
+        ANCHOR=anchor_key is not None,
         BLOCK_G=1 if group == 1 else max(16, triton.next_power_of_2(group)),
         BLOCK_K=BLOCK_KEYS,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),

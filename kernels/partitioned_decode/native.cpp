@@ -7,7 +7,8 @@
 // each key and value is read once for all of them. Splits are joined afterwards. Accumulation is in float32.
 //
 // avl::anchor_decode keeps the logits beside that, and avl::inherited_decode takes them in place of products with keys:
-// for all keys, or for those in the ranges that it calls inherited.
+// for all keys, or for those in the ranges that it calls inherited. Or it takes the keys there from another cache. The
+// first of the keys that are inherited may be missing in its own.
 
 #include <algorithm>
 #include <cmath>
@@ -88,12 +89,15 @@ struct Call {
   float* kept;  // where the logits go, [batch, heads, keys], -inf so far; null: nowhere
   const float* logits;  // another layer's logits, laid out like `kept`; null: none are inherited
   const int64_t* inherited;  // ranges of the keys whose logits are
+  const void* anchor_key;  // or that are themselves another layer's; null: none
   int64_t batch, heads, kv_heads, keys, head_dim, value_dim;
   int64_t entries;  // negative: no segments are given, and every key is read
   int64_t inherited_entries;  // negative: all logits are, where any are given
   int64_t mask_kind, threads;
   int64_t query_batch, query_head, key_batch, key_head, key_row, value_batch, value_head, value_row;
   int64_t new_key_batch, new_key_head, new_value_batch, new_value_head, mask_batch, mask_head, mask_key;
+  int64_t left_out;  // keys that are missing: the first inherited ones of each batch row
+  int64_t anchor_keys, anchor_batch, anchor_head, anchor_row;
   float scale;
 };
 
@@ -164,7 +168,8 @@ inline void accumulate(float* out, float factor, const float* weights, const flo
 
 struct Range {
   int64_t start, length;
-  bool inherited = false;  // its logits are another layer's
+  bool inherited = false;  // its logits, or its keys, are another layer's
+  int64_t missing = 0;  // keys before it that are left out
 };
 
 // What the mask adds to a logit: -inf hides.
@@ -222,25 +227,31 @@ struct Reading {
 };
 
 // Appends `range` in pieces, each inherited as a whole or not at all. `from`: the inherited ranges, ascending.
-void append_pieces(std::vector<Range>& to, Range range, const std::vector<Range>& from) {
+// `left_out`: so many inherited keys, the first ones, are missing.
+void append_pieces(std::vector<Range>& to, Range range, const std::vector<Range>& from, int64_t left_out) {
   const int64_t end = range.start + range.length;
+  int64_t at = range.start, before = 0;  // inherited keys before `at`
   for (const Range& other : from) {
-    const int64_t first = std::max(range.start, other.start), last = std::min(end, other.start + other.length);
-    if (first >= last) continue;
-    if (first > range.start) to.push_back({range.start, first - range.start});
-    to.push_back({first, last - first, true});
-    range.start = last;
+    if (other.start >= end) break;
+    const int64_t first = std::max(at, other.start), last = std::min(end, other.start + other.length);
+    if (first < last) {
+      if (first > at) to.push_back({at, first - at, false, std::min(before, left_out)});
+      to.push_back({first, last - first, true});
+      at = last;
+    }
+    before += other.length;
   }
-  if (end > range.start) to.push_back({range.start, end - range.start});
+  if (end > at) to.push_back({at, end - at, false, std::min(before, left_out)});
 }
 
 std::vector<Range> inherited_of(const Call& c, int64_t batch_row) {
   std::vector<Range> result;
-  if (!c.logits) return result;
-  if (c.inherited_entries < 0) result.push_back({0, c.keys});
+  if (!c.logits && !c.anchor_key) return result;
+  const int64_t keys = c.anchor_key ? std::min(c.keys, c.anchor_keys) : c.keys;
+  if (c.inherited_entries < 0) result.push_back({0, keys});
   for (int64_t s = 0; s < c.inherited_entries; ++s) {
     const int64_t* at = c.inherited + (batch_row * c.inherited_entries + s) * 2;
-    if (at[1] > 0 && at[0] < c.keys) result.push_back({at[0], std::min(at[1], c.keys - at[0])});
+    if (at[1] > 0 && at[0] < keys) result.push_back({at[0], std::min(at[1], keys - at[0])});
   }
   std::sort(result.begin(), result.end(), [](Range x, Range y) { return x.start < y.start; });
   return result;
@@ -255,7 +266,7 @@ Reading reading_of(const Call& c, int64_t batch_row) {
     Range range = {segments[2 * s], std::min(segments[2 * s + 1], c.keys - segments[2 * s])};
     if (c.mask_kind != 0) range = shown(c, batch_row, range);
     if (range.length <= 0) continue;
-    append_pieces(result.ranges, range, inherited);
+    append_pieces(result.ranges, range, inherited, c.left_out);
     result.keys += range.length;
     result.masked |= c.mask_kind != 0 && !is_open(c, batch_row, range);
   }
@@ -274,6 +285,7 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const Reading& re
   const int64_t group = c.heads / c.kv_heads;
   const std::vector<Range>& ranges = reading.ranges;
   const T* keys = static_cast<const T*>(c.key) + batch_row * c.key_batch + kv_head * c.key_head;
+  const T* anchors = static_cast<const T*>(c.anchor_key) + batch_row * c.anchor_batch + kv_head * c.anchor_head;
   const T* values = static_cast<const T*>(c.value) + batch_row * c.value_batch + kv_head * c.value_head;
   float* queries = scratch;
   float* key_rows = queries + group * c.head_dim;
@@ -310,14 +322,16 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const Reading& re
         }
       }
       if (seen) {
-        if (ranges[range].inherited) {
+        if (ranges[range].inherited && taken) {
           for (int64_t g = 0; g < group; ++g) {
             float& logit = logits[g * TILE + count];
             if (!reading.masked || logit != NOTHING) logit = taken[g * c.keys + position];
           }
         } else {
           own[owned] = count;
-          k[owned] = row_of(keys + position * c.key_row, key_rows + owned * c.head_dim, c.head_dim);
+          const T* key = ranges[range].inherited ? anchors + position * c.anchor_row
+                                                 : keys + (position - ranges[range].missing) * c.key_row;
+          k[owned] = row_of(key, key_rows + owned * c.head_dim, c.head_dim);
           ++owned;
         }
         position_of[count] = position;
@@ -380,7 +394,7 @@ template <typename T>
 void run(Call c) {
   if (c.new_value) {
     if (c.new_key)
-      append<T>(c.key, c.new_key, c.batch, c.kv_heads, c.keys, c.head_dim, c.key_batch, c.key_head, c.key_row,
+      append<T>(c.key, c.new_key, c.batch, c.kv_heads, c.keys - c.left_out, c.head_dim, c.key_batch, c.key_head, c.key_row,
                 c.new_key_batch, c.new_key_head);
     append<T>(c.value, c.new_value, c.batch, c.kv_heads, c.keys, c.value_dim, c.value_batch, c.value_head, c.value_row,
               c.new_value_batch, c.new_value_head);
@@ -469,8 +483,9 @@ extern "C" void avl_partitioned_decode(int64_t dtype, const void* const* tensors
   const int32_t* weigh = static_cast<const int32_t*>(tensors[8]);
   c.kept = static_cast<float*>(const_cast<void*>(tensors[10]));
   c.logits = static_cast<const float*>(tensors[11]), c.inherited = static_cast<const int64_t*>(tensors[12]);
+  c.anchor_key = tensors[13];
   if (!weigh || *weigh == 0) c.weights = nullptr;
-  std::memcpy(&c.batch, sizes, 25 * sizeof(int64_t));
+  std::memcpy(&c.batch, sizes, 30 * sizeof(int64_t));
   c.scale = scale;
   if (dtype == 0) run<float>(c);
   else if (dtype == 1) run<Half>(c);

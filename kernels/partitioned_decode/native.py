@@ -18,7 +18,7 @@ __all__ = ["is_available", "partitioned_decode_native", "run"]
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MASKS = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4, torch.float64: 5}
-_POINTERS, _SIZES = struct.Struct("13N"), struct.Struct("25q")  # to pack them is much faster than to fill ctypes arrays
+_POINTERS, _SIZES = struct.Struct("14N"), struct.Struct("30q")  # to pack them is much faster than to fill ctypes arrays
 _NO_STRIDES: tuple[int, ...] = (0, 0, 0)
 
 
@@ -73,6 +73,7 @@ def run(
     kept: Tensor | None = None,
     logits: Tensor | None = None,
     inherited: Tensor | None = None,
+    anchor_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """The C++ function behind `avl::partitioned_decode`, `avl::anchor_decode` and `avl::inherited_decode`.
 
@@ -82,7 +83,9 @@ def run(
         dtype: of the query, and of the result.
         kept: as in `partitioned_decode_native`.
         logits: float32 ``[batch, heads, K']``: taken in place of products.
-        inherited: int64 ``[batch, S, 2]``: the keys for which they are; ``None``: for all, where there are any.
+        inherited: int64 ``[batch, S, 2]``: the keys for which they are; ``None``: for all, where there are any. ``key``
+            may lack the first of them.
+        anchor_key: ``[batch, kv_heads, keys, head_dim]``: keys in place of logits.
     """
     function, code = _function(), _DTYPES.get(dtype)
     if function is None or code is None or (mask is not None and mask.dtype not in _MASKS):
@@ -90,10 +93,14 @@ def run(
     batch, kv_heads, keys, value_dim = value.shape
     head_dim = 0 if query is None else query.shape[3]
     value_strides = value.stride()
-    query_strides = key_strides = new_key_strides = new_value_strides = _NO_STRIDES
+    query_strides = key_strides = new_key_strides = new_value_strides = anchor_strides = _NO_STRIDES
+    left_out = anchor_keys = 0
     if query is not None and key is not None:
         query = _rows(query)
         query_strides, key_strides = query.stride()[:3], key.stride()[:3]
+        left_out = keys - key.shape[2]
+    if anchor_key is not None:
+        anchor_keys, anchor_strides = anchor_key.shape[2], anchor_key.stride()[:3]
     seen = keys
     if new_value is not None:
         new_value = _rows(new_value)
@@ -130,6 +137,7 @@ def run(
         _address(kept),
         _address(logits),
         _address(inherited),
+        0 if anchor_key is None else _start(anchor_key),
     )
     sizes = _SIZES.pack(
         *(batch, heads, kv_heads, keys, head_dim, value_dim, entries, inherited_entries),
@@ -137,6 +145,7 @@ def run(
         *(query_strides[0], query_strides[1], *key_strides, *value_strides[:3]),
         *(new_key_strides[0], new_key_strides[1], new_value_strides[0], new_value_strides[1]),
         *mask_strides,
+        *(left_out, anchor_keys, *anchor_strides),
     )
     function(code, pointers, sizes, scale)
     return out, weights

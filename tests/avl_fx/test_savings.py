@@ -157,6 +157,9 @@ def test_a_compact_cache_by_hand():
     # The keys of lazy layers are not stored.
     assert compact_cache_bytes([10, 20], [41, 7], 0.5, layers, lazy_layers=(1, 2)) == 6720 + 2 * (2 * 1 * 30 * 10 * 2)
     assert compact_cache_bytes([10, 40], [41, 7], 0.5, layers[:1]) == 2 * 2 * 43 * (8 + 6) * 4  # the other row decides
+    # Three visual keys are in both rows: lazy layers own 27 of 30.
+    assert compact_cache_bytes([10, 20], [41, 7], 0.5, layers[:1], [0], "vla") == 2 * 2 * (27 * 8 + 30 * 6) * 4
+    assert compact_cache_bytes([0], [4], 1.0, layers[:1], [0], "vla_scores") == 2 * (1 * 8 + 4 * 6) * 4  # one stays
     assert compact_cache_bytes([5], [0], 0.5, layers[:1]) == 2 * 5 * 14 * 4
     assert compact_cache_bytes([], [], 0.5, layers) == compact_cache_bytes([5], [3], 0.5, []) == 0
     with pytest.raises(ValueError, match="zip"):

@@ -32,6 +32,8 @@ EVERY_PLAN = pytest.mark.parametrize(
         pytest.param(PAPER, id="paper", marks=pytest.mark.matrix),
         pytest.param(WITH_TEXT, id="text"),
         pytest.param(ALL_KEPT, id="lossless", marks=pytest.mark.matrix),
+        pytest.param(WITH_TEXT.combine(Plan.lazy([(1, 3)], "vla")), id="vla"),
+        pytest.param(PAPER.combine(Plan.lazy([(1, 3)], "vla_scores")), id="vla_scores", marks=pytest.mark.matrix),
     ],
 )
 
@@ -92,6 +94,36 @@ def test_lazy_layers_own_no_keys(model):
     assert cache.stored_bytes == of_a_layer * (2 * 2 + 2)
     cache.batch_select_indices(torch.tensor([2, 0]))
     assert cache.stored_bytes == of_a_layer * (2 * 2 + 2) * 2 // 3, "a marker stays a marker"
+
+
+@pytest.mark.parametrize("mode", ["vla", "vla_scores"])
+@pytest.mark.parametrize("reads", [None, PAPER, WITH_TEXT], ids=["all", "paper", "text"])
+def test_lazy_layers_own_no_visual_keys(model, reads, mode):
+    """Ragged rows: as many are left out of each as the one with the fewest has."""
+    lazy = Plan.lazy([(1, 3)], mode)
+    plan = lazy if reads is None else reads.combine(lazy)
+    cache, inputs, steps = AVLCache(plan, model.config), inputs_of(model, 3), 9
+    visual, real = ZOO_MODEL.visual_positions(model, inputs), inputs["attention_mask"].bool()
+    with compiled(model, plan):
+        prefill_and_decode(model, inputs, cache, steps=steps)
+    share = 1.0 if reads is None else 0.5
+    text, images = (real & ~visual).sum(1), visual.sum(1)
+    if reads is WITH_TEXT:
+        # What stands before the image stays, and of the rest the budget.
+        first = [int((flags & (seen.cumsum(0) == 0)).sum()) for flags, seen in zip(real, visual, strict=True)]
+        counts = [int(n) - before + steps for n, before in zip(text, first, strict=True)]
+        stored = [before + max(round(0.5 * n), 4) for n, before in zip(counts, first, strict=True)]
+    else:
+        # New tokens stand behind the longest row.
+        kept = [int(t) + int(share * int(v)) for t, v in zip(text, images, strict=True)]
+        stored = [max(kept) - int(share * int(v)) + steps for v in images]
+    config = model.config.get_text_config()
+    head_dim = config.hidden_size // config.num_attention_heads
+    shape = LayerShape(config.num_key_value_heads, head_dim, head_dim, 4)
+    layers, lazies = [shape] * config.num_hidden_layers, lazy.lazy_policy.lazy_layers
+    expected = compact_cache_bytes(stored, images.tolist(), share, layers, lazies, mode)
+    assert cache.stored_bytes == expected
+    assert cache.stored_bytes < compact_cache_bytes(stored, images.tolist(), share, layers)
 
 
 @pytest.mark.parametrize("kind", ["compact", "dynamic"])
@@ -308,10 +340,31 @@ def test_other_ways_to_generate(model, how):
     assert torch.equal(got, expected)
 
 
-def test_no_graph_is_made_after_the_second_step(model):
+@pytest.mark.parametrize("how", ["beams", "sampling", "assisted"])
+def test_other_ways_to_generate_under_a_lazy_plan(model, how):
+    """Keys that are the anchor's are read from its cache: tokens are those of a stock cache under the same plan."""
+    inputs = inputs_of(model, 1 if how == "assisted" else 2)
+    options = {"max_new_tokens": 8, "do_sample": how == "sampling", "disable_compile": True}
+    options |= {"num_beams": 3} if how == "beams" else {}
+    options |= {"prompt_lookup_num_tokens": 3} if how == "assisted" else {}
+    plan = Plan.lazy([(1, 3)], "vla")
+    caches = DynamicCache(config=model.config.get_text_config()), AVLCache(plan, model.config)
+    with compiled(model, plan):
+        tokens = []
+        for cache in caches:
+            torch.manual_seed(0)
+            tokens.append(model.generate(**inputs, **options, past_key_values=cache))
+    assert torch.equal(*tokens)
+    assert caches[1].stored_bytes < caches[1].dense_bytes
+
+
+@pytest.mark.parametrize(
+    "plan", [WITH_TEXT, WITH_TEXT.combine(Plan.lazy([(1, 3)], "vla_scores"))], ids=["text", "vla_scores"]
+)
+def test_no_graph_is_made_after_the_second_step(model, plan):
     inputs = inputs_of(model, 3)
-    with compiled(model, WITH_TEXT) as recorder:
-        cache = AVLCache(WITH_TEXT, model.config)
+    with compiled(model, plan) as recorder:
+        cache = AVLCache(plan, model.config)
         mask = prompt(model, inputs, cache)
         steps_on(model, cache, mask, 3)
         known = len(recorder.graphs)

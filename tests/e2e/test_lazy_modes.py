@@ -103,6 +103,7 @@ def test_equals_the_oracle_through_inductor(case):
         ("vla", "paper", "dynamic"),
         ("vla", "text", "static"),
         ("vla", "paper", "compact"),
+        ("vla", "heavy", "compact"),
         ("vla_scores", "paper", "static"),
         ("vla_scores", "tight", "dynamic"),
         ("vla_scores", "text", "dynamic"),
@@ -137,8 +138,19 @@ def test_a_block_has_one_choice_of_keys(mode, preset, cache):
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("images", [(True, True), (True, False)], ids=["second image", "text alone"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_second_turn(mode, images, door):
+@pytest.mark.parametrize("kind", ["dynamic", pytest.param("compact", marks=pytest.mark.matrix)])
+def test_a_second_turn(kind, mode, images, door):
     """What is visual in the cache stays visual for later prompts."""
+    check_a_second_turn(kind, mode, images, door)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_second_turn_on_a_compact_cache(mode):
+    """Whose lazy layers have no keys of the first image; one of two doors and both turns: the others are `matrix`."""
+    check_a_second_turn("compact", mode, (True, True), DOORS[mode == "vla"])
+
+
+def check_a_second_turn(kind, mode, images, door):
     zoo = ZOO["llava"]
     model = zoo.make()
     made = [zoo.inputs(model, batch=1, seed=seed) for seed in range(2)]
@@ -156,8 +168,13 @@ def test_a_second_turn(mode, images, door):
         both = torch.cat([seen[0], torch.zeros(1, steps, dtype=torch.bool), seen[1]], 1)
         oracle.see(both)
         expected, tokens = converse(model, made, DynamicCache(config=model.config), steps=steps)
-    with through(door, model, compiler="eager", plan=Plan.lazy(blocks, mode)):
-        got, same = converse(model, made, DynamicCache(config=model.config), steps=steps)
+    plan = Plan.lazy(blocks, mode)
+    cache = AVLCache(plan, model.config) if kind == "compact" else DynamicCache(config=model.config)
+    with through(door, model, compiler="eager", plan=plan):
+        got, same = converse(model, made, cache, steps=steps)
+    if kind == "compact":
+        fewer = [layer.values.shape[2] - layer.keys.shape[2] for layer in cache.layers]
+        assert fewer == [int(both.sum()) if plan.lazy_policy.is_lazy(n) else 0 for n in range(len(fewer))]
     assert [t.tolist() for t in tokens] == [t.tolist() for t in same]
     assert largest(got, expected) <= FLOAT32_TOLERANCE
 

@@ -10,35 +10,47 @@ import matplotlib
 import pytest
 from PIL import Image
 
-from examples.petite_vlm.data import DATASETS, archives, canvas, cutouts, documents, scenes, words
+from examples.petite_vlm.data import (
+    DATASETS,
+    TRAINING_SETS,
+    archives,
+    canvas,
+    close_ups,
+    cutouts,
+    documents,
+    scenes,
+    words,
+)
 from examples.petite_vlm.sources import parse_mixture
 
-NAMES = sorted(DATASETS)
+NAMES = sorted(TRAINING_SETS)
 
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for what comes out of packages."""
     square = Image.new("RGBA", (64, 64), (9, 200, 9, 255))
-    monkeypatch.setattr(scenes, "emoji", lambda name: square)
-    monkeypatch.setattr(scenes, "digits", lambda split: 10)
-    monkeypatch.setattr(scenes, "digit", lambda split, number: (square, str(number)))
+    for module in (scenes, close_ups):
+        monkeypatch.setattr(module, "emoji", lambda name: square)
+        monkeypatch.setattr(module, "digits", lambda split: 10)
+        monkeypatch.setattr(module, "digit", lambda split, number: (square, str(number)))
     dejavu = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    for module in (documents, words):
+    for module in (documents, words, close_ups):
         monkeypatch.setattr(module, "fonts", lambda split: (dejavu,))
-    monkeypatch.setattr(words, "words", lambda split: WORDS[split])
+    for module in (words, close_ups):
+        monkeypatch.setattr(module, "words", lambda split: WORDS[split])
     for cached in (scenes.scene, documents._document):
         cached.cache_clear()
 
 
 WORDS = {"train": ("maple", "stone", "cloud", "plate"), "test": ("river", "glass", "bread", "north")}
-MADE = ["composites", "documents", "scenes", "words"]
+MADE = ["close_ups", "composites", "documents", "scenes", "words"]
 
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", MADE)
 def test_a_picture_depends_on_its_number_alone(name: str):
-    dataset = DATASETS[name]
+    dataset = TRAINING_SETS[name]
     first = [(dataset.picture("test", i).tobytes(), dataset.questions("test", i)) for i in range(4)]
     for cached in (scenes.scene, documents._document):
         cached.cache_clear()
@@ -52,7 +64,7 @@ def test_a_picture_depends_on_its_number_alone(name: str):
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", MADE)
 def test_splits_differ(name: str):
-    dataset = DATASETS[name]
+    dataset = TRAINING_SETS[name]
     assert dataset.picture("train", 0).tobytes() != dataset.picture("test", 0).tobytes()
 
 
@@ -113,6 +125,14 @@ def test_words_are_asked_for_by_their_ink():
         assert all(question.answer.replace(" ", "") in WORDS["test"] for question in asked)
         pixels = {colour for _, colour in DATASETS["words"].picture("test", image).getcolors(2**20)}
         assert all(canvas.COLOURS[ink] in pixels for ink in inks)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_close_up_is_of_each_kind():
+    """And two questions about one thing agree."""
+    asked = [TRAINING_SETS["close_ups"].questions("train", image) for image in range(80)]
+    assert {question.kind for pair in asked for question in pair} == {"word", "what", "digit", "colour"}
+    assert all(second.answer.endswith(first.answer) or first.kind == "colour" for first, second in asked)
 
 
 @pytest.mark.parametrize("form", canvas.SHAPES)
@@ -215,7 +235,7 @@ def test_a_mixture_is_read():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_real_data_sets_are_whole(name: str):
-    dataset = DATASETS[name]
+    dataset = TRAINING_SETS[name]
     for split in ("train", "test"):
         assert dataset.images(split) >= 80
         for image in (0, dataset.images(split) - 1):

@@ -214,6 +214,11 @@ def test_inherited_stores_the_new_row_and_nothing_else(own: bool) -> None:
     test_inherited_decode.check_new_row(Decode(value_dim=24), own, inherit)
 
 
+@pytest.mark.parametrize("anchor", [False, True])
+def test_inherited_stores_the_new_row_behind_the_keys_that_are_there(anchor: bool) -> None:
+    test_inherited_decode.check_new_row_of_fewer_keys(Decode(value_dim=24), anchor, inherit)
+
+
 # ---- avl::visual_scores ----------------------------------------------------------------------------------------------
 
 

@@ -68,6 +68,20 @@ def covered(rows: Rows, keys: int) -> Tensor:
     return found
 
 
+def least(inherited: Rows, keys: int) -> int:
+    """How many keys each batch row inherits at least."""
+    return int(covered(inherited, keys).sum(3).min())
+
+
+def without(key: Tensor, inherited: Rows, count: int) -> Tensor:
+    """``key`` without the first ``count`` that each batch row inherits; where a cache has room, this one has, too."""
+    theirs = covered(inherited, key.shape[2])[:, 0, 0]
+    kept = [row[:, ~(flags & (flags.cumsum(0) <= count))] for row, flags in zip(key, theirs, strict=True)]
+    buffer = torch.full((*key.shape[:2], key.shape[2] + 3, key.shape[3]), torch.nan, dtype=key.dtype)
+    view = buffer[:, :, : key.shape[2] - count]
+    return view.copy_(torch.stack(kept))
+
+
 def joint_truth(case: Case, anchor: Tensor, mask: Tensor | None, rows: Rows, inherited: Rows, seed: int) -> Tensor:
     """One softmax over inherited and own logits, in float64; shares no line with the reference.
 
@@ -104,6 +118,17 @@ def check(
         out = function(logits, *own, value, None, None, mask, ranges, theirs, SCALE)
         assert (out.shape, out.dtype) == (expected.shape, case.dtype)
         assert error(out, expected) <= TOLERANCE[case.dtype]
+    if inherited is None:
+        return
+    # Without keys that are inherited, and with the anchor's keys instead of its logits.
+    pick = covered(inherited, case.keys).reshape(-1, 1, case.keys, 1)
+    mixed = truth(query, torch.where(pick, anchor_key, key), value, mask, read, SCALE)[0]
+    most = least(inherited, case.keys)
+    for count in {0, most // 2, most}:
+        rest = without(key, inherited, count), value, None, None, mask, ranges, theirs, SCALE
+        for function in (inherited_decode_reference, inherit):
+            assert error(function(logits, query, *rest), expected) <= TOLERANCE[case.dtype]
+            assert error(function(None, query, *rest, anchor_key), mixed) <= TOLERANCE[case.dtype]
 
 
 @pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
@@ -200,6 +225,20 @@ def test_what_is_not_needed_may_be_anything(inherited: str, masked: bool) -> Non
         assert error(out, clean) <= TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("inherited", INHERITED)
+def test_of_keys_of_two_layers_only_what_is_needed_counts(inherited: str) -> None:
+    """The anchor's where they are inherited, the layer's own elsewhere."""
+    case, ranges = Case(), segments(INHERITED[inherited])
+    query, key, value = case.tensors()
+    anchor_key = case.cache(case.head_dim, 99)[1]
+    rest = value, None, None, None, None, ranges, SCALE
+    clean = inherited_decode_reference(None, query, key, *rest, anchor_key)
+    theirs = covered(INHERITED[inherited], 40)[:, 0, 0][:, None].expand(2, 2, 40)
+    key[theirs], anchor_key[~theirs] = torch.nan, torch.nan
+    for inherit in (inherited_decode_reference, IMPLEMENTATIONS["cpu"]):
+        assert error(inherit(None, query, key, *rest, anchor_key), clean) <= TOLERANCE[torch.float32]
+
+
 def test_nan_that_is_needed_shows() -> None:
     case = Case()
     query, key, value = case.tensors()
@@ -238,6 +277,37 @@ def check_new_row(case: Case, own: bool, inherit: Inherit) -> None:
     assert error(out, expected) <= TOLERANCE[case.dtype]
 
 
+@pytest.mark.parametrize("anchor", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_new_row_is_stored_behind_the_keys_that_are_there(dtype: torch.dtype, anchor: bool) -> None:
+    check_new_row_of_fewer_keys(Case(value_dim=24, dtype=dtype), anchor, IMPLEMENTATIONS["cpu"])
+
+
+def check_new_row_of_fewer_keys(case: Case, anchor: bool, inherit: Inherit) -> None:
+    (query, key, _), (new_key, new_value) = case.tensors(), case.new()
+    values, value = case.cache(case.value_dim, 2)
+    anchor_key = case.cache(case.head_dim, 99)[1]
+    inherited = INHERITED["ragged"]
+    short = without(key, inherited, 8)
+    buffer = short.as_strided((2, 2, 43, 16), short.stride())
+    before = buffer.clone()
+    mask, ranges, theirs = case.visible((2, 1, 1, 41)), segments(SHAPES["text, core, text"]), segments(inherited)
+    logits = torch.randn(2, 8, 41, generator=torch.Generator().manual_seed(5))
+    inherits = (None, anchor_key) if anchor else (logits, None)
+    out = inherit(inherits[0], query, short, value, new_key, new_value, mask, ranges, theirs, SCALE, inherits[1])
+    before[:, :, 32:33] = new_key
+    assert torch.equal(buffer.nan_to_num(5.0), before.nan_to_num(5.0))
+    assert torch.equal(values[:, :, 40:41], new_value)
+    # The same with every key where it belongs.
+    key, value = torch.cat([key, new_key], 2), torch.cat([value, new_value], 2)
+    if anchor:
+        pick = covered(inherited, 40).reshape(-1, 1, 40, 1)
+        key[:, :, :40] = torch.where(pick, anchor_key, key[:, :, :40])
+        theirs, logits = segments([[], []]), torch.zeros(2, 8, 41)
+    expected = inherited_decode_reference(logits, query, key, value, None, None, mask, ranges, theirs, SCALE)
+    assert error(out, expected) <= TOLERANCE[case.dtype]
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_opcheck_and_symbolic_sizes(own: bool) -> None:
     case = Case()
@@ -250,6 +320,9 @@ def test_opcheck_and_symbolic_sizes(own: bool) -> None:
         torch.ops.avl.inherited_decode.default,
         (logits, *more, value, None, None, None, ranges, theirs if own else None, SCALE),
     )
+    if own:
+        fewer = without(key, INHERITED["the middle"], 20), value, None, None, None, ranges, theirs, SCALE, key
+        torch.library.opcheck(torch.ops.avl.inherited_decode.default, (None, query, *fewer))
     torch.library.opcheck(
         torch.ops.avl.anchor_decode.default, (query, key, value, None, None, None, ranges, asked(), SCALE)
     )
@@ -291,6 +364,25 @@ WRONG = {
     ),
     "no capacity": ({**NO_KEYS, "value": torch.zeros(2, 2, 40, 16)}, "no spare row"),
     "half a new row": ({"new_value": None}, "only one of them is given"),
+    "more keys than values": ({"key": torch.zeros(2, 2, 60, 16)[:, :, :41]}, "41 rows for 40 values"),
+    "nothing to inherit": ({"logits": None}, "exactly one of them is inherited"),
+    "logits and keys": ({"anchor_key": torch.zeros(2, 2, 40, 16)}, "exactly one of them is inherited"),
+    "an anchor without a query": (
+        {**NO_KEYS, "logits": None, "anchor_key": torch.zeros(2, 2, 40, 16)},
+        "anchor_key: without a query",
+    ),
+    "too many keys": (
+        {"logits": None, "anchor_key": torch.zeros(2, 2, 42, 16)},
+        r"anchor_key: \(2, 2, 42, 16\).*instead of \[2, 2, at most 41, 16\]",
+    ),
+    "keys of another dtype": (
+        {"logits": None, "anchor_key": torch.zeros(2, 2, 40, 16).half()},
+        "anchor_key: .*float16 .*instead of .*float32",
+    ),
+    "keys with steps": (
+        {"logits": None, "anchor_key": torch.zeros(2, 2, 16, 40).transpose(2, 3)},
+        "anchor_key: its last dimension has stride 40",
+    ),
 }
 
 

@@ -42,6 +42,7 @@ DECODE = "tests/kernels/test_partitioned_decode.py -k 'native and (is_stored or 
 STATE, AVL = "tests/avl_fx/test_partition.py", "tests/e2e/test_avl.py -m 'not matrix'"
 OBSERVE, BLOCKS, CALIBRATE = f"{P}observe_attention.py", "tests/avl_fx/test_blocks.py", "tests/avl_fx/test_calibrate.py"
 MODES = "tests/e2e/test_lazy_modes.py -m 'not matrix'"
+SPREAD, SECOND = "tests/passes/test_spread_keys.py", "tests/e2e/test_lazy_modes.py -k second_turn_on_a_compact"
 RESOLVE, STORED, COMPACT = f"{P}resolve_rows.py", "tests/avl_fx/test_stored_rows.py", "tests/e2e/test_compact_cache.py"
 
 
@@ -246,6 +247,12 @@ MUTATIONS: list[Mutation] = [
     ),
     *_in(
         "passes/inherit_scores.py",
+        (
+            "read own keys for the anchor's",
+            "anchor_key=theirs)",
+            "anchor_key=key)",
+            "tests/e2e/test_lazy_modes.py -k second_turn_on_a_compact_cache[vla]",
+        ),
         (
             "inherit text instead of images",
             "own.masked_fill(visual, 0.0), theirs.masked_fill(torch.logical_not(visual), 0.0)",
@@ -526,6 +533,18 @@ MUTATIONS: list[Mutation] = [
             "range.start + range.length - 2)) --range.length;",
             DECODE,
         ),
+        (
+            "look for keys where they would be in a whole cache",
+            "(position - ranges[range].missing)",
+            "position",
+            "tests/kernels/test_inherited_decode.py -k native-ragged",
+        ),
+        (
+            "store a new key where it would be in a whole cache",
+            "c.kv_heads, c.keys - c.left_out, c.head_dim",
+            "c.kv_heads, c.keys, c.head_dim",
+            "tests/kernels/test_inherited_decode.py -k 'native and behind_the_keys'",
+        ),
         ("cut off eight keys of which some are seen", "if (eight != 0) break;", "if ((eight & 1) != 0) break;", DECODE),
         (
             "ask no mask about a range with holes",
@@ -604,6 +623,14 @@ MUTATIONS: list[Mutation] = [
     *_in(
         "avl_fx/compact_calls.py",
         ("believe every cache complete", "if rows != length:", "if False:", RESOLVE),
+        ("believe every key there", "if rows != count:", "if False:", SPREAD),
+        ("let a refused site do without keys", "if site.status is not Status.REFUSED}", "}", SPREAD),
+    ),
+    *_in(
+        "passes/spread_keys.py",
+        ("put zeros where the anchor's keys belong", 'theirs if policy.mode == "vla" else None', "None", SECOND),
+        ("take text for visual", "missing = torch.lt(rows, 0)", "missing = torch.le(rows, 0)", SPREAD),
+        ("leave keys as short as they are", "site.queries == 1 or own is None", "True or own is None", SECOND),
     ),
     *_in(
         "avl_fx/cache.py",
@@ -661,6 +688,18 @@ MUTATIONS: list[Mutation] = [
             "pass",
             STATE,
         ),
+        (
+            "leave out as many keys as the batch row with the most has",
+            "int((self.slots >= 0).sum(1).min())",
+            "int((self.slots >= 0).sum(1).max())",
+            SPREAD,
+        ),
+        (
+            "move rows of keys as if none were missing",
+            "(rows - before.clamp(max=left_out))",
+            "rows",
+            SPREAD,
+        ),
         ("read one visual row too many", "holes = [(p, p + 1) for", "holes = [(p, p) for", STATE),
         (
             "take back more than was fed since the prompt",
@@ -690,6 +729,18 @@ MUTATIONS: list[Mutation] = [
             "tests/e2e/test_avl.py -k llava-avl_fx.compile-static-1-window-lazy",
         ),
         ("never pick core anew", "if partition.refreshes and", "if False and", f"{AVL} -k 'oracle and mistral3'"),
+        (
+            "leave the text of keys that lack rows where it was",
+            "partition_(key, None, *moved)",
+            "pass",
+            f"{COMPACT} -k batch_rows_may_be_picked_and_repeated[vla]",
+        ),
+        (
+            "keep the keys that a later prompt brought back",
+            "        self._leave_out_keys(partition, outputs)\n",
+            "",
+            f"{COMPACT} -k 'under_a_lazy_plan and assisted'",
+        ),
         ("start a second turn from nothing", "if before is not None:", "if False:", f"{AVL} -k second_turn"),
     ),
     *_in(

@@ -6,6 +6,7 @@ All are made of pinned packages and held out by picture; what is read, also by w
 from __future__ import annotations
 
 from .captions import Captions
+from .close_ups import CloseUps
 from .documents import Documents
 from .easy_vqa import EasyVqa, easy_vqa_dir, load_questions, open_image
 from .questions import Dataset, Question, Split, by_image, shuffled_partner
@@ -17,8 +18,12 @@ DATASETS: dict[str, Dataset] = {
 }
 """Every data set, by name."""
 
+TRAINING_SETS: dict[str, Dataset] = DATASETS | {CloseUps.name: CloseUps()}
+"""What a model may be trained on: these, and what prepares it for them."""
+
 __all__ = [
     "DATASETS",
+    "TRAINING_SETS",
     "Dataset",
     "Question",
     "Split",
