@@ -1,4 +1,4 @@
-"""Stage 7: a decode step stores its row in the spare capacity of a growing cache instead of copying the cache.
+"""A decode step stores its row in the spare capacity of a growing cache instead of copying the cache.
 
 A DynamicCache grows by ``cat([past, new])``, which copies every key and value of every layer at every step: more bytes
 than attention itself reads. Here the graph of a prompt hands its keys and values to the runtime, which gives them a

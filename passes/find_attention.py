@@ -1,4 +1,4 @@
-"""Stage 1: every attention call becomes one `avl::attention` node that means exactly what it replaced.
+"""Every attention call becomes one `avl::attention` node that means exactly what it replaced.
 
 Anchor and walk, never enumerate: the anchor is an SDPA call, or a softmax whose result is multiplied with something.
 From the anchor the walk goes outwards over whatever the model put there (casts, scale, mask, dropout that does nothing,

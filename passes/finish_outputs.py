@@ -1,4 +1,4 @@
-"""Stage 12: the graph's outputs as the runtime expects them.
+"""The graph's outputs as the runtime expects them.
 
 Dropped keys are taken out (the runtime puts a marker in their place), and so are caches that grew in place (it puts the
 longer view). Discovered visual positions and the scores of

@@ -1,4 +1,4 @@
-"""Stage 9: lazy layers take logits that their anchor has computed.
+"""Lazy layers take logits that their anchor has computed.
 
 *Decode, mode* ``gla``. `share_queries` let a lazy layer attend with its anchor's query and keys. Their product is the
 same in every layer of the block, so the anchor (`avl::anchor_decode`) keeps it, one number for each query head and key,

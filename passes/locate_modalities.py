@@ -1,4 +1,4 @@
-"""Stage 2: which sites see visual keys, and where the row-wise visual positions come from.
+"""Which sites see visual keys, and where the row-wise visual positions come from.
 
 Never guessed. Positions are *discovered* where the graph itself splices image features into the embeddings under a
 boolean mask (`masked_scatter`, indexed assignment, `where`), *carried* where an earlier graph of the same forward did,

@@ -1,4 +1,4 @@
-"""Stage 10: canonical nodes become operators that Inductor knows."""
+"""Canonical nodes become operators that Inductor knows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 11: on a CPU, linear layers on the few rows of a decode step go to a kernel that is made for them.
+"""On a CPU, linear layers on the few rows of a decode step go to a kernel that is made for them.
 
 Once a step reads little of its cache, what is left is to read every weight, and a library call made for many rows takes
 up to twice the time that memory needs for that (`avl_fx.kernels.narrow_linear`). Nothing is left out and the result is

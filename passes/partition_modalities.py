@@ -1,4 +1,4 @@
-"""Stage 6: decode reads the text and the visual keys that matter only (A-VL, arXiv 2409.14846, sections 4.1 to 4.3).
+"""Decode reads the text and the visual keys that matter only (A-VL, arXiv 2409.14846, sections 4.1 to 4.3).
 
 A graph of several queries (a prompt, a later turn) stays dense. For each site it returns one row of scores more: how
 much its last queries attended to each key. Between calls the runtime picks core and secondary from it and *reorders the
@@ -50,8 +50,9 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     for site in decoder_sites(ctx):
         if site.node is None or site.status is Status.REFUSED:
             continue
-        if not (ctx.plan.reads_less or ctx.compact is not None or _in_block(site)):
-            continue  # the layers of a compact cache have one layout
+        # The layers of a compact cache have one layout.
+        if not (ctx.plan.reads_less or _in_block(site) or (ctx.compact is not None and site.kind == "full")):
+            continue
         outcome = _understand(gm, ctx, site, by_key, layers)
         if not isinstance(outcome, PartitionedLayer) and outcome[0] is Reason.NO_CACHE:
             if not (ctx.plan.spares_visual_keys and _in_block(site)):  # prompts inherit without a cache, too

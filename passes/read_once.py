@@ -1,4 +1,4 @@
-"""Stage 8: on a CPU, a decode step's remaining attention goes to the kernel that reads each key and value once.
+"""On a CPU, a decode step's remaining attention goes to the kernel that reads each key and value once.
 
 `partition_modalities` and `append_in_place` bring most decode steps to `avl::partitioned_decode`. Not so a step on a
 static cache under a plan that leaves nothing out, on a cache that has no room yet, in a sliding window, or across to an

@@ -1,4 +1,4 @@
-"""Stage 3: the rows that a compact cache holds stand for those that the model believes in.
+"""The rows that a compact cache holds stand for those that the model believes in.
 
 The graph of a model with a compact cache (`avl_fx.cache.AVLCache`) is that of a complete one: lengths, positions and
 masks count every token that was ever fed, and `avl::append_rows` returns a row for each of them. Here each one becomes

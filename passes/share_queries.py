@@ -1,4 +1,4 @@
-"""Stage 4: which layers are lazy, and what they read of their anchor (Q Cache, arXiv 2602.01901).
+"""Which layers are lazy, and what they read of their anchor (Q Cache, arXiv 2602.01901).
 
 In a lazy block the first layer is the anchor. Every other layer keeps its own values, mask and output projection. In
 mode ``gla`` it attends with the anchor's query and key. What only fed its own query and key (projections, norms, RoPE,

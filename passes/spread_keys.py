@@ -1,4 +1,4 @@
-"""Stage 5: a prompt over a compact cache sees every key of a lazy layer again.
+"""A prompt over a compact cache sees every key of a lazy layer again.
 
 In the modes ``vla`` and ``vla_scores`` a lazy layer takes keys or logits from its anchor at visual positions, so an
 `AVLCache` stores no keys of its own there (`avl_fx.cache`): they have fewer rows than its values. A decode step reads

@@ -1,4 +1,4 @@
-"""Stage 5: lazy layers take their anchor's queries and keys at visual positions (arXiv 2602.01901, mode ``vla``).
+"""Lazy layers take their anchor's queries and keys at visual positions (arXiv 2602.01901, mode ``vla``).
 
 A prompt's graph replaces them where they are made, before the cache takes the keys. So what the cache of a lazy layer
 holds at visual positions are its anchor's keys, and a decode step, whose query is text, needs nothing more.

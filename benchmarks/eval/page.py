@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.eval.controls import CONTROLS
 from benchmarks.eval.tasks import METRIC_OF
 from examples.petite_vlm.data import DATASETS
 
@@ -20,7 +21,9 @@ INTRO = """# What the methods cost in answers
 Written by `python -m benchmarks.eval.page` from `benchmarks/results/eval`, which `make eval` makes. The model is
 [petite_vlm](../examples/petite_vlm/README.md); pictures are held out, answers greedy, the prompt is always dense.
 Scores stand with 95% bootstrap intervals over pictures. **to dense** is the difference in points, question by question.
-**nats** is the divergence from the dense model along its own answers.
+**nats** is the divergence from the dense model along its own answers. **KV** is the cache in shares of the dense one's
+bytes: plans run on an `AVLCache`; controls hide keys by masks, and nothing is said of them. **ms** is the median decode
+step of a batch, on two CPU cores and without code generation, for the dense model as for everybody else.
 
 *A-VL s* keeps a share s of the visual keys and computes 0.6 s at steps that do not refresh (every third does), so it
 reads less than any control at the same s, which reads s at every step. Controls choose once, at the end of the prompt:
@@ -44,7 +47,7 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
     for name, report in found.items():
         parts.append(f"## {name}: {DATASETS[name].task}, {report['metric']}\n")
         parts.append(f"{report['questions']} questions about {report['groups']} pictures.\n")
-        lines = ["| | score | 95% interval | to dense | nats |", "|---|---:|---:|---:|---:|"]
+        lines = ["| | score | 95% interval | to dense | nats | KV | ms |", "|---|---:|---:|---:|---:|---:|---:|"]
         for contender, result in report["results"].items():
             score, gained = result["score"], result["difference"]
             to_dense = (
@@ -52,9 +55,12 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
                 if contender == "dense"
                 else f"{100 * gained['mean']:+.1f} ({100 * gained['low']:+.1f} to {100 * gained['high']:+.1f})"
             )
+            masked = contender.startswith(tuple(CONTROLS))
+            stored = "" if masked else f"{result['kv_share']:.0%}"
+            step = "" if result["step_seconds"] is None else f"{1e3 * result['step_seconds']:.0f}"
             lines.append(
                 f"| {contender} | {score['mean']:.1%} | {score['low']:.1%} to {score['high']:.1%} | {to_dense} "
-                f"| {result['divergence']:.3f} |"
+                f"| {result['divergence']:.3f} | {stored} | {step} |"
             )
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)

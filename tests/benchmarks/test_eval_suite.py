@@ -103,8 +103,11 @@ def test_a_short_run(tmp_path):
 def test_the_page_states_what_was_found():
     interval = {"mean": 0.5, "low": 0.25, "high": 0.75}
     result = {"score": interval, "difference": {"mean": -0.1, "low": -0.2, "high": 0.0}, "divergence": 0.0625}
-    report = {"metric": "exact", "questions": 9, "groups": 3, "results": {"dense": result, "A-VL 30%": result}}
+    result |= {"kv_share": 0.4, "step_seconds": 0.0423}
+    results = {"dense": result, "A-VL 30%": result, "random 30%": result | {"step_seconds": None}}
+    report = {"metric": "exact", "questions": 9, "groups": 3, "results": results}
     said = page({"composites": report})
     assert "## composites: vqa, exact" in said
-    assert "| A-VL 30% | 50.0% | 25.0% to 75.0% | -10.0 (-20.0 to +0.0) | 0.062 |" in said
+    assert "| A-VL 30% | 50.0% | 25.0% to 75.0% | -10.0 (-20.0 to +0.0) | 0.062 | 40% | 42 |" in said
+    assert "| random 30% | 50.0% | 25.0% to 75.0% | -10.0 (-20.0 to +0.0) | 0.062 |  |  |" in said
     assert all(f"| {name} |" in said for name in CONTROLS)

@@ -19,8 +19,10 @@ KINDS = ("word", "thing", "digit", "shape")
 SHARES = (4, 4, 1, 1)
 SMALLEST, LARGEST = 0.5, 0.9
 """Of the picture's side."""
-SMALLEST_TYPE, LARGEST_TYPE = 96, 180
-"""Pixels of the type."""
+SMALLEST_TYPE, LARGEST_TYPE = 96, 280
+"""Pixels of the type, as far as the picture is wide enough."""
+LONGEST = 6
+"""Letters; from one on, for whoever cannot tell letters learns nothing from words."""
 
 
 class CloseUps:
@@ -41,11 +43,11 @@ class CloseUps:
         side = round(SIZE * draw.uniform(SMALLEST, LARGEST))
         asked: list[tuple[str, str, str]]
         if kind == "word":
-            word, ink = draw.choice(words(split)), draw.choice(INKS)
+            word, ink = draw.choice(words(split))[: draw.randint(1, LONGEST)], draw.choice(INKS)
             shown = draw.choice((str.upper, str.lower, str.capitalize))(word)
             face, size = draw.choice(fonts(split)), draw.randint(SMALLEST_TYPE, LARGEST_TYPE)
             while font(face, size).getlength(shown) > SIZE - 16:
-                size -= 2
+                size -= 4
             left, top, right, bottom = font(face, size).getbbox(shown)
             x = draw.randint(4, max(4, int(SIZE - 4 - (right - left))))
             y = draw.randint(4, max(4, int(SIZE - 4 - (bottom - top))))
