@@ -433,4 +433,14 @@ def _kv(run: Run, decoder: Sequence[SiteReport]) -> KVReport | None:
         if _has_no_keys(site) and site.cache == "static" and isinstance(site.batch, int) and isinstance(site.keys, int):
             itemsize = getattr(torch, site.dtype).itemsize
             empty += key_bytes(site.batch, site.kv_heads, site.keys, site.head_dim, itemsize)
-    return KVReport(length, sites[0].dtype, kind, dense, plan, dropped, run.cache is not None, spare, empty)
+    spared = 0 if kind == "compact" else _visual_key_bytes(run, sites)
+    return KVReport(length, sites[0].dtype, kind, dense, plan, dropped, run.cache is not None, spare, empty, spared)
+
+
+def _visual_key_bytes(run: Run, sites: Sequence[SiteReport]) -> int:
+    """Bytes of visual keys that lazy layers own and do not need."""
+    if not (run.plan.spares_visual_keys and run.recorder.visual):
+        return 0
+    fewest = int(sum(visual.sum(1) for visual in run.recorder.visual).min())
+    lazy = [s for s in sites if s.anchor is not None and s.reason is None and isinstance(s.batch, int)]
+    return sum(key_bytes(int(s.batch), s.kv_heads, fewest, s.head_dim, getattr(torch, s.dtype).itemsize) for s in lazy)

@@ -269,6 +269,8 @@ def _kv_lines(report: Report) -> list[Padding]:
         line.append(f"; keys of layers {ranges(kv.dropped_layers)} are {why}")
         if kv.empty_bytes:
             line.append(f" ({kib(kv.empty_bytes)}, which an AVLCache does not take)")
+    if kv.spared_bytes:
+        line.append(f"; {kib(kv.spared_bytes)} are visual keys of lazy layers, which an AVLCache does not store")
     if kv.kind != "compact" and report.decode_reads is not None and report.decode_reads.total is not None:
         line.append("; rows that a step does not read are stored as before: nothing is lost")
     if kv.spare_bytes:

@@ -192,6 +192,8 @@ class KVReport:
     """Room for later tokens behind those of a cache that grows in place; not in ``plan``. ``None``: not measured."""
     empty_bytes: int = 0
     """Key buffers of a static cache that nothing is written to, in ``plan``; an `AVLCache` has none."""
+    spared_bytes: int = 0
+    """Visual keys of lazy layers in the modes ``vla`` and ``vla_scores``, in ``plan``; an `AVLCache` stores none."""
 
 
 @dataclass(frozen=True)

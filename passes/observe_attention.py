@@ -1,4 +1,4 @@
-"""Between stages 2 and 3, while somebody calibrates: a prompt returns what its last query attends to, layer by layer.
+"""While somebody calibrates, a prompt returns what its last query attends to, layer by layer.
 
 Layers whose last rows are alike may share queries and keys (Q Cache, arXiv 2602.01901, section 3), and how the visual
 part of a row is spread says how many visual keys matter (A-VL, arXiv 2409.14846, section 3). The rows are made beside

@@ -347,6 +347,21 @@ def test_a_compact_cache_is_counted_as_it_is(door):
     assert "nothing is lost" not in str(report), "what is not stored is lost to other plans"
 
 
+@pytest.mark.parametrize("mode", ["vla", "vla_scores"])
+def test_visual_keys_that_lazy_layers_do_not_need_are_named(mode):
+    """So many bytes less are stored by an `AVLCache`."""
+    plan = avl_fx.Plan.lazy([(1, 3)], mode)
+    zoo, model = get("llava"), zoo_model("llava")
+    settings = {"front_door": "avl_fx.compile", "new_tokens": TOKENS, **zoo.inputs(model)}
+    stock = avl_fx.explain(model, plan, **settings)
+    compact = avl_fx.explain(model, plan, past_key_values=avl_fx.AVLCache(plan, model.config), **settings)
+    assert stock.kv.plan - stock.kv.spared_bytes == compact.kv.plan < stock.kv.plan
+    words = f"{kib(stock.kv.spared_bytes)} are visual keys of lazy layers, which an AVLCache does not store"
+    assert words in " ".join(str(stock).split())
+    assert compact.kv.spared_bytes == 0
+    assert "visual keys of lazy layers" not in str(compact)
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
