@@ -441,6 +441,8 @@ def _visual_key_bytes(run: Run, sites: Sequence[SiteReport]) -> int:
     """Bytes of visual keys that lazy layers own and do not need."""
     if not (run.plan.spares_visual_keys and run.recorder.visual):
         return 0
-    fewest = int(sum(visual.sum(1) for visual in run.recorder.visual).min())
+    batch = len(run.recorder.visual[0])
+    counts = [visual.sum(1).cpu() for visual in run.recorder.visual if len(visual) == batch]
+    fewest = int(torch.stack(counts).sum(0).min())
     lazy = [s for s in sites if s.anchor is not None and s.reason is None and isinstance(s.batch, int)]
     return sum(key_bytes(int(s.batch), s.kv_heads, fewest, s.head_dim, getattr(torch, s.dtype).itemsize) for s in lazy)
