@@ -48,8 +48,9 @@ class CompactCalls:
         for tensor in self.stored:
             if tensor.complete or stored is None:
                 self._check_complete(args, tensor)
-            elif tensor.before not in self.short:
-                self._check_rows(args[tensor.before].shape[2], stored.count)
+            else:
+                left_out = stored.keyless if tensor.before in self.short else 0
+                self._check_rows(args[tensor.before].shape[2], stored.count - left_out)
         if not (self.takes_columns or self.takes_key_rows):
             return ()
         rows: Tensor = args[self.stored[0].before]
@@ -64,7 +65,8 @@ class CompactCalls:
     def _check_rows(rows: int, count: int) -> None:
         if rows != count:
             raise CacheStateError(
-                f"this compact cache holds {rows} of {count} keys of a lazy layer, and a graph asks for all of them",
+                f"a layer of this compact cache holds {rows} rows, and a graph asks for {count}: keys that lazy layers "
+                "do without were not stored",
                 field="past_key_values",
                 remedy="use a stock cache: avl_fx.explain(model, plan, ...) says which lazy layers were refused",
             )

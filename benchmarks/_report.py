@@ -58,9 +58,24 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
     }
 
 
-def save(name: str, rows: Sequence[dict[str, Any]]) -> Path:
-    """Write ``rows`` and the machine to ``benchmarks/results/<name>.json``."""
+def save(name: str, rows: Sequence[dict[str, Any]], size: Sequence[str] = ()) -> Path:
+    """Write ``rows`` and the machine to ``benchmarks/results/<name>.json``.
+
+    Args:
+        name: of the benchmark.
+        rows: what was measured.
+        size: keys that tell rows of a grid apart. What the file says of other sizes stays, with the ``machine`` that it
+            was measured on where that is another one.
+    """
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), "rows": list(rows)}, indent=1) + "\n", encoding="utf-8")
+    path, here = RESULTS / f"{name}.json", machine()
+    kept: list[dict[str, Any]] = []
+    if size and path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        measured = [[row[key] for key in size] for row in rows]
+        others = [row for row in before["rows"] if [row[key] for key in size] not in measured]
+        kept = [{"machine": before["machine"], **row} for row in others]
+        kept = [{k: v for k, v in row.items() if k != "machine" or v != here} for row in kept]
+    everything = sorted([*kept, *rows], key=lambda row: [row[key] for key in size])
+    path.write_text(json.dumps({"machine": here, "rows": everything}, indent=1) + "\n", encoding="utf-8")
     return path

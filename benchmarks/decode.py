@@ -37,6 +37,8 @@ TOLERANCE, NEAR_TIE = 1e-3, 0.1
 KV_HEADS = {12: "MHA 12/12", 4: "GQA 12/4"}
 VISUAL = (576, 2880, 11520)
 BATCHES = (1, 4, 8)
+SIZE = ("kv_heads", "batch", "visual")
+"""What tells the rows of the grid apart."""
 LAYERS = 8
 WARM_UP, ROUNDS = 5, 2
 
@@ -168,7 +170,7 @@ def main(
                 cells = [cell(row[name]) for name in everyone]
                 table.add_row(KV_HEADS[heads], str(tokens), str(rows_of_batch), *cells)
                 console.print(heads, rows_of_batch, tokens, *cells, "" if row["exact"] else row["differences"])
-                saved = save("decode", rows)  # what is measured is not lost when the rest cannot be
+                saved = save("decode", rows, SIZE)  # what is measured is not lost when the rest cannot be
     console.print(table)
     console.print(f"saved: {saved}")
     if not all(row["exact"] for row in rows):

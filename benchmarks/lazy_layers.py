@@ -32,6 +32,7 @@ from benchmarks.decode import (
     KV_HEADS,
     LAYERS,
     NEAR_TIE,
+    SIZE,
     TOLERANCE,
     VISUAL,
     WARM_UP,
@@ -163,7 +164,7 @@ def main(
                 calls.add_row(*facts, *map(cell, alone.values()))
                 whole.add_row(*facts, *(cell(step[name]) for name in everyone))
                 console.print(*facts, *(cell(step[n]) for n in everyone), "" if step["exact"] else step["differences"])
-                saved = save("lazy_layers", rows)  # what is measured is not lost when the rest cannot be
+                saved = save("lazy_layers", rows, SIZE)  # what is measured is not lost when the rest cannot be
     console.print(calls)
     console.print(whole)
     console.print(f"saved: {saved}")

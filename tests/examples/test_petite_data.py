@@ -18,6 +18,7 @@ from examples.petite_vlm.data import (
     close_ups,
     cutouts,
     documents,
+    few,
     scenes,
     words,
 )
@@ -30,21 +31,21 @@ NAMES = sorted(TRAINING_SETS)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for what comes out of packages."""
     square = Image.new("RGBA", (64, 64), (9, 200, 9, 255))
-    for module in (scenes, close_ups):
+    for module in (scenes, close_ups, few):
         monkeypatch.setattr(module, "emoji", lambda name: square)
         monkeypatch.setattr(module, "digits", lambda split: 10)
         monkeypatch.setattr(module, "digit", lambda split, number: (square, str(number)))
     dejavu = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    for module in (documents, words, close_ups):
+    for module in (documents, words, close_ups, few):
         monkeypatch.setattr(module, "fonts", lambda split: (dejavu,))
-    for module in (words, close_ups):
+    for module in (words, close_ups, few):
         monkeypatch.setattr(module, "words", lambda split: WORDS[split])
     for cached in (scenes.scene, documents._document):
         cached.cache_clear()
 
 
 WORDS = {"train": ("maple", "stone", "cloud", "plate"), "test": ("river", "glass", "bread", "north")}
-MADE = ["close_ups", "composites", "documents", "scenes", "words"]
+MADE = ["close_ups", "composites", "documents", "few", "scenes", "words"]
 
 
 @pytest.mark.usefixtures("offline")
@@ -133,6 +134,17 @@ def test_a_close_up_is_of_each_kind():
     asked = [TRAINING_SETS["close_ups"].questions("train", image) for image in range(80)]
     assert {question.kind for pair in asked for question in pair} == {"word", "what", "digit", "colour"}
     assert all(second.answer.endswith(first.answer) or first.kind == "colour" for first, second in asked)
+
+
+@pytest.mark.usefixtures("offline")
+def test_of_few_things_each_is_of_its_own_kind_and_place():
+    for image in range(40):
+        asked = TRAINING_SETS["few"].questions("train", image)
+        places = [question.answer for question in asked if question.kind == "where"]
+        assert len(asked) == 2 * len(places)
+        assert len(set(places)) == len(places) in (2, 3)
+        assert set(places) <= {"top left", "top right", "bottom left", "bottom right"}
+        assert len({question.text for question in asked}) == len(asked)
 
 
 @pytest.mark.parametrize("form", canvas.SHAPES)

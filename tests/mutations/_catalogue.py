@@ -733,7 +733,7 @@ MUTATIONS: list[Mutation] = [
             "leave the text of keys that lack rows where it was",
             "partition_(key, None, *moved)",
             "pass",
-            f"{COMPACT} -k batch_rows_may_be_picked_and_repeated[vla]",
+            "tests/e2e/test_lazy_modes.py -k one_choice_of_keys[vla-heavy-compact]",
         ),
         (
             "keep the keys that a later prompt brought back",

@@ -147,7 +147,7 @@ def test_a_graph_that_reads_all_keys_refuses_fewer():
     calls = CompactCalls((StoredTensor(0, 1, True, complete=False),), False, False, frozenset())
     short, whole = torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 4, 4)
     assert calls.inputs([whole, 4], state) == ()
-    with pytest.raises(CacheStateError, match="holds 2 of 4 keys of a lazy layer"):
+    with pytest.raises(CacheStateError, match="holds 2 rows, and a graph asks for 4"):
         calls.inputs([short, 4], state)
     site = Site(index=0, style="sdpa", node=None)
     rows = CompactRows(stored=list(calls.stored), short={0: site})
@@ -156,5 +156,5 @@ def test_a_graph_that_reads_all_keys_refuses_fewer():
     with pytest.raises(CacheStateError, match="holds 2 rows of 4 tokens"):
         able.inputs([short, 4], None)
     site.refuse(Reason.VISUAL_UNKNOWN)
-    with pytest.raises(CacheStateError, match="holds 2 of 4 keys"):
+    with pytest.raises(CacheStateError, match="holds 2 rows, and a graph asks for 4"):
         CompactCalls.of(rows).inputs([short, 4], state)

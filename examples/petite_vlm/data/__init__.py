@@ -9,6 +9,7 @@ from .captions import Captions
 from .close_ups import CloseUps
 from .documents import Documents
 from .easy_vqa import EasyVqa, easy_vqa_dir, load_questions, open_image
+from .few import Few
 from .questions import Dataset, Question, Split, by_image, shuffled_partner
 from .scenes import Composites, Scenes
 from .words import Words
@@ -18,7 +19,7 @@ DATASETS: dict[str, Dataset] = {
 }
 """Every data set, by name."""
 
-TRAINING_SETS: dict[str, Dataset] = DATASETS | {CloseUps.name: CloseUps()}
+TRAINING_SETS: dict[str, Dataset] = DATASETS | {d.name: d for d in (CloseUps(), Few())}
 """What a model may be trained on: these, and what prepares it for them."""
 
 __all__ = [
