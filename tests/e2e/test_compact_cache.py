@@ -324,13 +324,18 @@ def test_early_initialization(model):
     assert largest(got, expected) == 0
 
 
-@pytest.mark.parametrize("how", ["beams", "sampling", "assisted"])
-def test_other_ways_to_generate(model, how):
-    """One visual key in a hundred is left out, and tokens are those of a stock cache under the same plan or none."""
-    inputs = inputs_of(model, 1 if how == "assisted" else 2)
+def way_of(model, how):
+    """Inputs and options of one way to generate."""
     options = {"max_new_tokens": 8, "do_sample": how == "sampling", "disable_compile": True}
     options |= {"num_beams": 3} if how == "beams" else {}
     options |= {"prompt_lookup_num_tokens": 3} if how == "assisted" else {}
+    return inputs_of(model, 1 if how == "assisted" else 2), options
+
+
+@pytest.mark.parametrize("how", ["beams", "sampling", "assisted"])
+def test_other_ways_to_generate(model, how):
+    """One visual key in a hundred is left out, and tokens are those of a stock cache under the same plan or none."""
+    inputs, options = way_of(model, how)
     torch.manual_seed(0)
     expected = model.generate(**inputs, **options)
     plan = Plan.avl(core=0.99, secondary=1.0, refresh=0, text=None)
@@ -343,10 +348,7 @@ def test_other_ways_to_generate(model, how):
 @pytest.mark.parametrize("how", ["beams", "sampling", "assisted"])
 def test_other_ways_to_generate_under_a_lazy_plan(model, how):
     """Keys that are the anchor's are read from its cache: tokens are those of a stock cache under the same plan."""
-    inputs = inputs_of(model, 1 if how == "assisted" else 2)
-    options = {"max_new_tokens": 8, "do_sample": how == "sampling", "disable_compile": True}
-    options |= {"num_beams": 3} if how == "beams" else {}
-    options |= {"prompt_lookup_num_tokens": 3} if how == "assisted" else {}
+    inputs, options = way_of(model, how)
     plan = Plan.lazy([(1, 3)], "vla")
     caches = DynamicCache(config=model.config.get_text_config()), AVLCache(plan, model.config)
     with compiled(model, plan):

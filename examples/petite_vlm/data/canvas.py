@@ -52,15 +52,20 @@ def ground(draw: random.Random) -> Image.Image:
     return Image.composite(Image.new("RGB", (SIZE, SIZE), first), Image.new("RGB", (SIZE, SIZE), second), turned)
 
 
+def sized(thing: Image.Image, side: int) -> Image.Image:
+    """``thing`` with its longer side ``side`` pixels."""
+    scale = side / max(thing.size)
+    width, height = (max(1, round(edge * scale)) for edge in thing.size)
+    return thing.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def place(canvas: Image.Image, thing: Image.Image, cell: int, size: int, draw: random.Random) -> None:
     """Paste ``thing`` (RGBA), its longer side ``size`` pixels, somewhere in one of the nine cells."""
-    scale = size / max(thing.size)
-    width, height = (max(1, round(side * scale)) for side in thing.size)
-    sized = thing.resize((width, height), Image.Resampling.LANCZOS)
+    thing = sized(thing, size)
     row, column = divmod(cell, 3)
-    x = column * CELL + draw.randint(0, max(0, CELL - width))
-    y = row * CELL + draw.randint(0, max(0, CELL - height))
-    canvas.paste(sized, (x, y), sized)
+    x = column * CELL + draw.randint(0, max(0, CELL - thing.width))
+    y = row * CELL + draw.randint(0, max(0, CELL - thing.height))
+    canvas.paste(thing, (x, y), thing)
 
 
 def shape(name: str, colour: str, size: int, turn: float = 0.0) -> Image.Image:

@@ -9,7 +9,7 @@ from typing import get_args
 
 from PIL import Image, ImageDraw
 
-from .canvas import COLOURS, SHAPES, SIZE, ground, shape
+from .canvas import COLOURS, SHAPES, SIZE, ground, shape, sized
 from .cutouts import NAMED, Kind, digit, digits, emoji
 from .fonts import font, fonts
 from .questions import Question, Split, Task, seeded
@@ -65,10 +65,8 @@ class CloseUps:
             short = draw.choice(tuple(NAMED[group]))
             thing, named = emoji(short), NAMED[group][short]
             asked = [(f"which {group} is there?", named, "what"), ("what is there?", named, "what")]
-        scale = side / max(thing.size)
-        width, height = (max(1, round(edge * scale)) for edge in thing.size)
-        thing = thing.resize((width, height), Image.Resampling.LANCZOS)
-        canvas.paste(thing, (draw.randint(0, SIZE - width), draw.randint(0, SIZE - height)), thing)
+        thing = sized(thing, side)
+        canvas.paste(thing, (draw.randint(0, SIZE - thing.width), draw.randint(0, SIZE - thing.height)), thing)
         return canvas, asked
 
     def picture(self, split: Split, image: int) -> Image.Image:

@@ -10,7 +10,7 @@ from typing import get_args
 
 from PIL import Image, ImageDraw
 
-from .canvas import COLOURS, PLACES, SHAPES, SIZE, ground, shape
+from .canvas import COLOURS, PLACES, SHAPES, SIZE, ground, shape, sized
 from .cutouts import NAMED, Kind, digit, digits, emoji
 from .fonts import font, fonts
 from .questions import Question, Split, Task, seeded
@@ -56,11 +56,11 @@ class Few:
                 asked.append((f"which colour is the {form}?", colour, "colour"))
             elif kind == "digit":
                 thing, said = digit(split, draw.randrange(digits(split)))
-                thing = _sized(thing, draw.randint(SMALLEST, LARGEST))
+                thing = sized(thing, draw.randint(SMALLEST, LARGEST))
                 asked.append(("which digit is there?", said, "digit"))
             else:
                 short = draw.choice(tuple(NAMED[kind]))  # type: ignore[index]
-                thing, named = _sized(emoji(short), draw.randint(SMALLEST, LARGEST)), NAMED[kind][short]  # type: ignore[index]
+                thing, named = sized(emoji(short), draw.randint(SMALLEST, LARGEST)), NAMED[kind][short]  # type: ignore[index]
                 asked.append((f"which {kind} is there?", named, "what"))
             asked.append((f"where is the {named}?", where, "where"))
             row, column = divmod(quarter, 2)
@@ -74,12 +74,6 @@ class Few:
 
     def questions(self, split: Split, image: int) -> list[Question]:
         return [Question(image, *question) for question in self._made(split, image)[1]]
-
-
-def _sized(thing: Image.Image, side: int) -> Image.Image:
-    scale = side / max(thing.size)
-    width, height = (max(1, round(edge * scale)) for edge in thing.size)
-    return thing.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _written(word: str, ink: str, draw: random.Random, split: Split) -> Image.Image:
