@@ -36,6 +36,9 @@ def substitute_visual(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
                 continue
             flags, added = new_flags(gm, ctx)
             result.new_inputs += added
+            if flags is None and _continues(ctx, site):
+                result.count += 1
+                continue
             if flags is None:
                 result.refuse(site, Reason.VISUAL_UNKNOWN)
                 continue
@@ -51,6 +54,12 @@ def _decodes(site: Site) -> bool:
     """Whether this is a step of one token, which is text."""
     assert site.node is not None
     return site.queries == 1 and not starts_cache(site.node.args[_KEY])  # type: ignore[arg-type]
+
+
+def _continues(ctx: PassContext, site: Site) -> bool:
+    """Whether this is a later turn without images: at visual positions the cache holds what its anchor has already."""
+    assert site.node is not None
+    return ctx.visual is None and not starts_cache(site.node.args[_KEY])  # type: ignore[arg-type]
 
 
 def _substitute(site: Site, anchor: Site, flags: fx.Node) -> bool:

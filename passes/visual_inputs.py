@@ -73,7 +73,7 @@ def key_flags(gm: fx.GraphModule, ctx: PassContext, site: Site) -> tuple[fx.Node
     new, added = new_flags(gm, ctx)
     past, more = past_ranges(gm, ctx)
     added += more
-    if past is None:
+    if past is None or (new is None and ctx.visual is not None):
         return None, added
     if new is None:  # a later turn without images
         return insert_traced(node, _flags, past, key), added

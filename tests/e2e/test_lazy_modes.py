@@ -144,10 +144,13 @@ def test_a_second_turn(kind, mode, images, door):
     check_a_second_turn(kind, mode, images, door)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_second_turn_on_a_compact_cache(mode):
-    """Whose lazy layers have no keys of the first image; one of two doors and both turns: the others are `matrix`."""
-    check_a_second_turn("compact", mode, (True, True), DOORS[mode == "vla"])
+@pytest.mark.parametrize(
+    ("mode", "images", "door"),
+    [("vla", (True, True), DOORS[1]), ("vla", (True, False), "torch.compile"), ("vla_scores", (True, True), DOORS[0])],
+)
+def test_a_second_turn_on_a_compact_cache(mode, images, door):
+    """Whose lazy layers have no keys of the first image. The other doors and turns are `matrix`."""
+    check_a_second_turn("compact", mode, images, door)
 
 
 def check_a_second_turn(kind, mode, images, door):

@@ -244,6 +244,7 @@ MUTATIONS: list[Mutation] = [
             "if flags is None:\n                continue",
             f"{MODES} -k 'unknown and vla'",
         ),
+        ("refuse a later turn of text", "if flags is None and _continues(ctx, site):", "if False:", SECOND),
     ),
     *_in(
         "passes/inherit_scores.py",
