@@ -740,7 +740,7 @@ MUTATIONS: list[Mutation] = [
             "keep the keys that a later prompt brought back",
             "        self._leave_out_keys(partition, outputs)\n",
             "",
-            f"{COMPACT} -k 'under_a_lazy_plan and assisted'",
+            SECOND,
         ),
         ("start a second turn from nothing", "if before is not None:", "if False:", f"{AVL} -k second_turn"),
     ),
