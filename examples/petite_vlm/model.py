@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,16 +25,18 @@ from .processor import PetiteProcessor
 
 ADAPTER = Path(__file__).parent / "adapter" / "petite_vlm.safetensors"
 TRAINED_AT = 168  # pixels
-FEATURE_LAYER = -3  # the last two layers of this ViT were tuned for saliency maps
+FEATURE_LAYERS = (-3,)  # the last two layers of this ViT were tuned for saliency maps
 
 
-def build_config(text: LlamaConfig, vision: Dinov2Config, image_token_id: int) -> LlavaConfig:
-    """The LLaVA configuration over the two parts."""
+def build_config(
+    text: LlamaConfig, vision: Dinov2Config, image_token_id: int, feature_layers: Sequence[int] = FEATURE_LAYERS
+) -> LlavaConfig:
+    """The LLaVA configuration over the two parts; the projector is given these layers' features, side by side."""
     return LlavaConfig(
         text_config=text,
         vision_config=vision,
         image_token_index=image_token_id,
-        vision_feature_layer=FEATURE_LAYER,
+        vision_feature_layer=feature_layers[0] if len(feature_layers) == 1 else list(feature_layers),
         vision_feature_select_strategy="default",
         image_seq_length=144,
         tie_word_embeddings=True,
@@ -43,7 +46,9 @@ def build_config(text: LlamaConfig, vision: Dinov2Config, image_token_id: int) -
 def _random_projector(config: LlavaConfig) -> dict[str, torch.Tensor]:
     """Weights of an untrained projector, the same ones every time."""
     generator = torch.Generator().manual_seed(0)
-    width, out = config.vision_config.hidden_size, config.text_config.hidden_size
+    layers = config.vision_feature_layer
+    width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    out = config.text_config.hidden_size
     weights: dict[str, torch.Tensor] = {}
     for name, columns in (("linear_1", width), ("linear_2", out)):
         key = f"model.multi_modal_projector.{name}"
@@ -67,10 +72,11 @@ def read_adapter(path: Path) -> tuple[dict[str, torch.Tensor], float]:
         return {key: file.get_tensor(key) for key in file.keys()}, scale  # noqa: SIM118 (not a mapping)
 
 
-def trained_at(path: Path) -> int:
-    """Pixels of the pictures that an adapter was trained on; those of the first one did not say."""
+def trained_at(path: Path) -> tuple[int, tuple[int, ...]]:
+    """Pixels of the pictures that an adapter was trained on, and what of the encoder it saw; the first did not say."""
     with safe_open(path, "pt") as file:
-        return int(json.loads(file.metadata()["recipe"]).get("image_size", TRAINED_AT))
+        recipe = json.loads(file.metadata()["recipe"])
+    return int(recipe.get("image_size", TRAINED_AT)), tuple(recipe.get("feature_layers", FEATURE_LAYERS))
 
 
 def load_petite_vlm(
@@ -78,20 +84,23 @@ def load_petite_vlm(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     image_size: int | None = None,
+    feature_layers: Sequence[int] | None = None,
 ) -> tuple[LlavaForConditionalGeneration, PetiteProcessor]:
     """The trained model, in eval mode on the CPU, and its processor.
 
     `adapter=None` gives the untrained assembly (random projector). `image_size` is a multiple of 14, by default what
-    the adapter was trained at: 168 pixels are 144 image tokens, 224 are 256.
+    the adapter was trained at: 168 pixels are 144 image tokens, 224 are 256. `feature_layers` are those of the vision
+    encoder that the projector is given, by default what the adapter was trained with.
     """
-    if image_size is None:
-        image_size = TRAINED_AT if adapter is None else trained_at(Path(adapter))
+    size, layers = (TRAINED_AT, FEATURE_LAYERS) if adapter is None else trained_at(Path(adapter))
+    image_size, feature_layers = image_size or size, feature_layers or layers
     language, vision = language_dir(), vision_dir()
     tokenizer = AutoTokenizer.from_pretrained(language)
     config = build_config(
         LlamaConfig.from_pretrained(language),
         Dinov2Config.from_pretrained(vision),
         tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        feature_layers,
     )
     config.image_seq_length = (image_size // config.vision_config.patch_size) ** 2
     weights = {f"model.language_model.{k}": v for k, v in load_file(language / WEIGHTS).items()}

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 from .data import by_image, easy_vqa_dir, load_questions
 from .features import image_features
-from .model import load_petite_vlm, read_adapter
+from .model import FEATURE_LAYERS, load_petite_vlm, read_adapter, trained_at
 from .packing import Encoded, encode_question
 from .parts import sha256_of
 from .processor import PetiteProcessor
@@ -115,6 +115,7 @@ def main(
     """Train LoRA and projector, by default on easy-VQA's colour and shape questions."""
     if threads:
         torch.set_num_threads(threads)
+    seen = FEATURE_LAYERS if start is None else trained_at(start)[1]
     recipe = Recipe(
         steps=steps,
         images_per_step=images_per_step,
@@ -130,11 +131,12 @@ def main(
         image_size=image_size,
         precision=precision,  # type: ignore[arg-type]
         start=sha256_of(start) if start is not None else "",
+        feature_layers=seen,
     )
     if precision not in get_args(Precision):
         raise typer.BadParameter(f"precision is float32 or bfloat16, not {precision!r}")
     weights = parse_mixture(data)
-    model, processor = load_petite_vlm(adapter=None, image_size=image_size)
+    model, processor = load_petite_vlm(adapter=None, image_size=image_size, feature_layers=seen)
     model.to(device)
     mixture = Mixture(model, processor, weights, images_per_step, questions_per_image, seed)
     source: Source = epochs(model, processor, recipe) if list(weights) == ["easy_vqa"] else mixture

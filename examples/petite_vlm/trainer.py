@@ -18,6 +18,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from .lora import LoRALinear, add_lora
+from .model import FEATURE_LAYERS
 from .packing import Encoded, loss_and_hits, pack, packed_logits
 from .sources import Source
 
@@ -43,6 +44,7 @@ class Recipe:
     data: str = "easy_vqa:1"  # data sets and their shares of the images
     image_size: int = 168  # pixels
     start: str = ""  # sha256 of the adapter that this one goes on from
+    feature_layers: tuple[int, ...] = FEATURE_LAYERS  # of the vision encoder
     precision: Precision = "float32"  # of products; bfloat16 is for GPUs, and slow on CPUs
 
     def rate(self, step: int) -> float:
@@ -80,7 +82,7 @@ class Trainer:
         workers: int = 1,
         start: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """``start``: the tensors of an adapter file to go on from; its rank must be the recipe's.
+        """``start``: the tensors of an adapter file to go on from, or of a projector alone; ranks must agree.
 
         Raises:
             ValueError: the file's tensors are not those that this recipe trains.
@@ -169,6 +171,8 @@ class Trainer:
 
     def _go_on_from(self, start: Mapping[str, torch.Tensor]) -> None:
         named = self._named()
+        if all(name.startswith("projector.") for name in start):  # aligned (`align`): the decoder is as it came
+            named = {name: p for name, p in named.items() if name.startswith("projector.")}
         wrong = [n for n in named.keys() | start.keys() if n not in named or n not in start]
         wrong += [n for n in named.keys() & start.keys() if named[n].shape != start[n].shape]
         if wrong:

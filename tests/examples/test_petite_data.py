@@ -12,6 +12,7 @@ from PIL import Image
 
 from examples.petite_vlm.data import (
     DATASETS,
+    LOCATED,
     TRAINING_SETS,
     archives,
     canvas,
@@ -20,8 +21,10 @@ from examples.petite_vlm.data import (
     documents,
     few,
     scenes,
+    sheets,
     words,
 )
+from examples.petite_vlm.data.regions import VOCABULARY
 from examples.petite_vlm.sources import parse_mixture
 
 NAMES = sorted(TRAINING_SETS)
@@ -36,16 +39,16 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "digits", lambda split: 10)
         monkeypatch.setattr(module, "digit", lambda split, number: (square, str(number)))
     dejavu = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    for module in (documents, words, close_ups, few):
+    for module in (documents, words, close_ups, few, sheets):
         monkeypatch.setattr(module, "fonts", lambda split: (dejavu,))
-    for module in (words, close_ups, few):
+    for module in (words, close_ups, few, sheets):
         monkeypatch.setattr(module, "words", lambda split: WORDS[split])
     for cached in (scenes.scene, documents._document):
         cached.cache_clear()
 
 
 WORDS = {"train": ("maple", "stone", "cloud", "plate"), "test": ("river", "glass", "bread", "north")}
-MADE = ["close_ups", "composites", "documents", "few", "scenes", "words"]
+MADE = ["close_ups", "composites", "documents", "few", "scenes", "sheets", "words"]
 
 
 @pytest.mark.usefixtures("offline")
@@ -145,6 +148,48 @@ def test_of_few_things_each_is_of_its_own_kind_and_place():
         assert len(set(places)) == len(places) in (2, 3)
         assert set(places) <= {"top left", "top right", "bottom left", "bottom right"}
         assert len({question.text for question in asked}) == len(asked)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("name", sorted(LOCATED))
+def test_regions_speak_of_what_is_there(name: str):
+    """Inside the canvas, in known words, and of all that is asked for by name."""
+    data = LOCATED[name]
+    for image in range(12):
+        regions = data.regions("train", image)
+        assert regions
+        assert regions == data.regions("train", image)
+        for region in regions:
+            left, top, right, bottom = region.box
+            assert 0 <= left <= right <= canvas.SIZE
+            assert -4 <= top <= bottom <= canvas.SIZE + 4  # type may stand out of its line
+            assert all(word in VOCABULARY[group] for group, word in region.says.items())
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_things_region_is_in_its_place():
+    for image in range(20):
+        found = scenes.scene("composites", "train", image, 4, 6)
+        for thing in found.things:
+            row, column = divmod(thing.cell, 3)
+            left, top, right, bottom = thing.region.box
+            assert column * canvas.CELL <= left < right <= (column + 1) * canvas.CELL
+            assert row * canvas.CELL <= top < bottom <= (row + 1) * canvas.CELL
+            assert " ".join(thing.region.says.values()).endswith(thing.name.split()[-1])
+
+
+@pytest.mark.usefixtures("offline")
+def test_letters_of_a_word_are_in_its_ink():
+    for image in range(10):
+        regions = DATASETS["words"].regions("test", image)  # type: ignore[attr-defined]
+        inks = [region.says["colour"] for region in regions if "colour" in region.says]
+        assert {f"spell the {ink} word." for ink in inks} == {
+            q.text for q in DATASETS["words"].questions("test", image)
+        }
+        letters = "".join(region.says["letter"] for region in regions if "letter" in region.says)
+        assert sorted(letters) == sorted(
+            "".join(q.answer.replace(" ", "") for q in DATASETS["words"].questions("test", image))
+        )
 
 
 @pytest.mark.parametrize("form", canvas.SHAPES)

@@ -11,7 +11,9 @@ from .documents import Documents
 from .easy_vqa import EasyVqa, easy_vqa_dir, load_questions, open_image
 from .few import Few
 from .questions import Dataset, Question, Split, by_image, shuffled_partner
+from .regions import Located
 from .scenes import Composites, Scenes
+from .sheets import Sheets
 from .words import Words
 
 DATASETS: dict[str, Dataset] = {
@@ -19,11 +21,15 @@ DATASETS: dict[str, Dataset] = {
 }
 """Every data set, by name."""
 
-TRAINING_SETS: dict[str, Dataset] = DATASETS | {d.name: d for d in (CloseUps(), Few())}
+TRAINING_SETS: dict[str, Dataset] = DATASETS | {d.name: d for d in (CloseUps(), Few(), Sheets())}
 """What a model may be trained on: these, and what prepares it for them."""
+
+LOCATED: dict[str, Located] = {d.name: d for d in (Composites(), Scenes(), Words(), Documents(), Sheets())}
+"""Those that know where their things are."""
 
 __all__ = [
     "DATASETS",
+    "LOCATED",
     "TRAINING_SETS",
     "Dataset",
     "Question",

@@ -59,13 +59,16 @@ def sized(thing: Image.Image, side: int) -> Image.Image:
     return thing.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def place(canvas: Image.Image, thing: Image.Image, cell: int, size: int, draw: random.Random) -> None:
-    """Paste ``thing`` (RGBA), its longer side ``size`` pixels, somewhere in one of the nine cells."""
+def place(
+    canvas: Image.Image, thing: Image.Image, cell: int, size: int, draw: random.Random
+) -> tuple[int, int, int, int]:
+    """Paste ``thing`` (RGBA), its longer side ``size`` pixels, somewhere in one of the nine cells; what it covers."""
     thing = sized(thing, size)
     row, column = divmod(cell, 3)
     x = column * CELL + draw.randint(0, max(0, CELL - thing.width))
     y = row * CELL + draw.randint(0, max(0, CELL - thing.height))
     canvas.paste(thing, (x, y), thing)
+    return x, y, x + thing.width, y + thing.height
 
 
 def shape(name: str, colour: str, size: int, turn: float = 0.0) -> Image.Image:

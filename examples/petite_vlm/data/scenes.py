@@ -15,6 +15,7 @@ from PIL import Image
 from .canvas import COLOURS, PLACES, SHAPES, ground, place, shape
 from .cutouts import NAMED, Kind, digit, digits, emoji
 from .questions import Question, Split, Task, seeded
+from .regions import Box, Region
 
 COUNTED = ("one", "two", "three", "four")
 
@@ -28,6 +29,17 @@ class Thing:
     name: str
     """How a description calls it: ``cat``, ``digit 7``, ``red star``."""
     cell: int
+    box: Box
+
+    @property
+    def region(self) -> Region:
+        """Where it is, and what."""
+        if self.kind == "shape":
+            colour, form = self.name.split()
+            return Region(self.box, {"kind": "shape", "colour": colour, "name": form})
+        if self.kind == "digit":
+            return Region(self.box, {"kind": "digit", "digit": self.name.removeprefix("digit ")})
+        return Region(self.box, {"kind": self.kind, "name": self.name})
 
 
 @dataclass(frozen=True)
@@ -58,8 +70,8 @@ def scene(name: str, split: Split, image: int, fewest: int, most: int) -> Scene:
             size = draw.randint(40, 84)
             for _ in range(copies):
                 cell = cells.pop()
-                place(canvas, shape(form, colour, size, draw.uniform(-12, 12)), cell, size, draw)
-                things.append(Thing("shape", f"{colour} {form}", cell))
+                box = place(canvas, shape(form, colour, size, draw.uniform(-12, 12)), cell, size, draw)
+                things.append(Thing("shape", f"{colour} {form}", cell, box))
             continue
         cell = cells.pop()
         if kind == "digit":
@@ -70,8 +82,8 @@ def scene(name: str, split: Split, image: int, fewest: int, most: int) -> Scene:
             thing, name_ = emoji(short), NAMED[kind][short]
             if draw.random() < 0.5:
                 thing = thing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        place(canvas, thing, cell, draw.randint(56, 104), draw)
-        things.append(Thing(kind, name_, cell))
+        box = place(canvas, thing, cell, draw.randint(56, 104), draw)
+        things.append(Thing(kind, name_, cell, box))
     return Scene(canvas, tuple(sorted(things, key=lambda thing: thing.cell)))
 
 
@@ -89,6 +101,9 @@ class _OfScenes:
 
     def picture(self, split: Split, image: int) -> Image.Image:
         return self._scene(split, image).picture
+
+    def regions(self, split: Split, image: int) -> tuple[Region, ...]:
+        return tuple(thing.region for thing in self._scene(split, image).things)
 
 
 class Composites(_OfScenes):

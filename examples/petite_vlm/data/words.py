@@ -11,8 +11,10 @@ from transformers import AutoTokenizer
 from examples.petite_vlm.convert import language_dir
 
 from .canvas import COLOURS, SIZE, ground
-from .fonts import font, fonts
+from .fonts import fonts
+from .lettering import fitting, word_regions
 from .questions import Question, Split, Task, seeded
+from .regions import Region
 
 SMALLEST, LARGEST = 36, 72
 """Pixels of the type on a canvas of 336: a letter of the smallest covers about one patch of 14 at 224 pixels."""
@@ -50,21 +52,27 @@ class Words:
         return list(zip(draw.sample(words(split), COUNT), draw.sample(INKS, COUNT), strict=True))
 
     def picture(self, split: Split, image: int) -> Image.Image:
+        return self._made(split, image)[0]
+
+    def regions(self, split: Split, image: int) -> tuple[Region, ...]:
+        return self._made(split, image)[1]
+
+    def _made(self, split: Split, image: int) -> tuple[Image.Image, tuple[Region, ...]]:
         draw = seeded(self.name, split, image)
         canvas = ground(draw)
         pen = ImageDraw.Draw(canvas)
         band = SIZE // COUNT
+        regions: list[Region] = []
         for number, (word, ink) in enumerate(self._written(split, image)):
             word = draw.choice((str.upper, str.lower, str.capitalize))(word)
             face, size = draw.choice(fonts(split)), draw.randint(SMALLEST, LARGEST)
-            while font(face, size).getlength(word) > SIZE - 16:
-                size -= 2
-            letters = font(face, size)
+            letters = fitting(face, size, word, SIZE - 16, step=2)
             left, top, right, bottom = letters.getbbox(word)
             x = draw.randint(4, max(4, int(SIZE - 4 - (right - left))))
             y = number * band + draw.randint(2, max(2, int(band - 2 - (bottom - top))))
             pen.text((x - left, y - top), word, font=letters, fill=COLOURS[ink])
-        return canvas
+            regions += word_regions(letters, word, ink, x - left, y - top)
+        return canvas, tuple(regions)
 
     def questions(self, split: Split, image: int) -> list[Question]:
         return [
