@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from .data import TRAINING_SETS, Split
+from .data import DATASETS, Split
 from .features import encode
 from .packing import Encoded, encode_question
 from .processor import PetiteProcessor, to_pixels
@@ -82,8 +82,8 @@ def parse_mixture(data: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for item in data.split(","):
         name, _, weight = item.strip().partition(":")
-        if name not in TRAINING_SETS:
-            raise ValueError(f"{name!r} is no data set: choose among {', '.join(TRAINING_SETS)}")
+        if name not in DATASETS:
+            raise ValueError(f"{name!r} is no data set: choose among {', '.join(DATASETS)}")
         try:
             weights[name] = float(weight or "1")
         except ValueError:
@@ -116,7 +116,7 @@ class Mixture:
 
     def row(self, name: str, image: int) -> tuple[list[int], tuple[Encoded, ...]]:
         """The shared prefix, and everything that is asked about a picture."""
-        asked = [replace(q, dataset=name) for q in TRAINING_SETS[name].questions(self.split, image)]
+        asked = [replace(q, dataset=name) for q in DATASETS[name].questions(self.split, image)]
         encoded = [encode_question(self.processor, question, self.token) for question in asked]
         return encoded[0][0], tuple(item for _, item in encoded)
 
@@ -125,7 +125,7 @@ class Mixture:
         for number in range(step * self.per_step, (step + 1) * self.per_step):
             draw = random.Random(f"{self.seed}/{number}")
             name = draw.choices(tuple(self.weights), tuple(self.weights.values()))[0]
-            items = self.row(name, draw.randrange(TRAINING_SETS[name].images(self.split)))[1]
+            items = self.row(name, draw.randrange(DATASETS[name].images(self.split)))[1]
             rows.append(draw.sample(items, min(self.cap, len(items))))
         return rows
 
@@ -136,7 +136,7 @@ class Mixture:
     @torch.no_grad()
     def features(self, pictures: Sequence[tuple[str, int]]) -> torch.Tensor:
         """``[N, image tokens, width]`` float32 of pictures, each by data set and number."""
-        images = list(self.painters.map(lambda p: TRAINING_SETS[p[0]].picture(self.split, p[1]), pictures))
+        images = list(self.painters.map(lambda p: DATASETS[p[0]].picture(self.split, p[1]), pictures))
         pixels = to_pixels(images, self.processor.image_size).to(self.model.device)
         return encode(self.model, pixels.to(self.model.dtype)).float()
 

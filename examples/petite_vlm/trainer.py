@@ -45,7 +45,7 @@ class Recipe:
     image_size: int = 168  # pixels
     start: str = ""  # sha256 of the adapter that this one goes on from
     feature_layers: tuple[int, ...] = FEATURE_LAYERS  # of the vision encoder
-    precision: Precision = "float32"  # of products; bfloat16 is for GPUs, and slow on CPUs
+    precision: Precision = "float32"  # of products; bfloat16 is for GPUs, and CPUs that multiply it (avx512_bf16, AMX)
 
     def rate(self, step: int) -> float:
         """Factor on the learning rates at a step: linear warm-up, a slow cosine, a linear end."""

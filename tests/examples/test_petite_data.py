@@ -13,13 +13,10 @@ from PIL import Image
 from examples.petite_vlm.data import (
     DATASETS,
     LOCATED,
-    TRAINING_SETS,
     archives,
     canvas,
-    close_ups,
     cutouts,
     documents,
-    few,
     scenes,
     sheets,
     words,
@@ -27,34 +24,33 @@ from examples.petite_vlm.data import (
 from examples.petite_vlm.data.regions import VOCABULARY
 from examples.petite_vlm.sources import parse_mixture
 
-NAMES = sorted(TRAINING_SETS)
+NAMES = sorted(DATASETS)
 
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for what comes out of packages."""
     square = Image.new("RGBA", (64, 64), (9, 200, 9, 255))
-    for module in (scenes, close_ups, few):
-        monkeypatch.setattr(module, "emoji", lambda name: square)
-        monkeypatch.setattr(module, "digits", lambda split: 10)
-        monkeypatch.setattr(module, "digit", lambda split, number: (square, str(number)))
+    monkeypatch.setattr(scenes, "emoji", lambda name: square)
+    monkeypatch.setattr(scenes, "digits", lambda split: 10)
+    monkeypatch.setattr(scenes, "digit", lambda split, number: (square, str(number)))
     dejavu = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    for module in (documents, words, close_ups, few, sheets):
+    for module in (documents, words, sheets):
         monkeypatch.setattr(module, "fonts", lambda split: (dejavu,))
-    for module in (words, close_ups, few, sheets):
+    for module in (words, sheets):
         monkeypatch.setattr(module, "words", lambda split: WORDS[split])
     for cached in (scenes.scene, documents._document):
         cached.cache_clear()
 
 
 WORDS = {"train": ("maple", "stone", "cloud", "plate"), "test": ("river", "glass", "bread", "north")}
-MADE = ["close_ups", "composites", "documents", "few", "scenes", "sheets", "words"]
+MADE = ["composites", "documents", "scenes", "words"]
 
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", MADE)
 def test_a_picture_depends_on_its_number_alone(name: str):
-    dataset = TRAINING_SETS[name]
+    dataset = DATASETS[name]
     first = [(dataset.picture("test", i).tobytes(), dataset.questions("test", i)) for i in range(4)]
     for cached in (scenes.scene, documents._document):
         cached.cache_clear()
@@ -68,7 +64,7 @@ def test_a_picture_depends_on_its_number_alone(name: str):
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", MADE)
 def test_splits_differ(name: str):
-    dataset = TRAINING_SETS[name]
+    dataset = DATASETS[name]
     assert dataset.picture("train", 0).tobytes() != dataset.picture("test", 0).tobytes()
 
 
@@ -129,25 +125,6 @@ def test_words_are_asked_for_by_their_ink():
         assert all(question.answer.replace(" ", "") in WORDS["test"] for question in asked)
         pixels = {colour for _, colour in DATASETS["words"].picture("test", image).getcolors(2**20)}
         assert all(canvas.COLOURS[ink] in pixels for ink in inks)
-
-
-@pytest.mark.usefixtures("offline")
-def test_a_close_up_is_of_each_kind():
-    """And two questions about one thing agree."""
-    asked = [TRAINING_SETS["close_ups"].questions("train", image) for image in range(80)]
-    assert {question.kind for pair in asked for question in pair} == {"word", "what", "digit", "colour"}
-    assert all(second.answer.endswith(first.answer) or first.kind == "colour" for first, second in asked)
-
-
-@pytest.mark.usefixtures("offline")
-def test_of_few_things_each_is_of_its_own_kind_and_place():
-    for image in range(40):
-        asked = TRAINING_SETS["few"].questions("train", image)
-        places = [question.answer for question in asked if question.kind == "where"]
-        assert len(asked) == 2 * len(places)
-        assert len(set(places)) == len(places) in (2, 3)
-        assert set(places) <= {"top left", "top right", "bottom left", "bottom right"}
-        assert len({question.text for question in asked}) == len(asked)
 
 
 @pytest.mark.usefixtures("offline")
@@ -292,7 +269,7 @@ def test_a_mixture_is_read():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_real_data_sets_are_whole(name: str):
-    dataset = TRAINING_SETS[name]
+    dataset = DATASETS[name]
     for split in ("train", "test"):
         assert dataset.images(split) >= 80
         for image in (0, dataset.images(split) - 1):

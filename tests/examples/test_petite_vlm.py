@@ -21,7 +21,7 @@ from examples.petite_vlm.data import Question, by_image, load_questions, shuffle
 from examples.petite_vlm.features import encode
 from examples.petite_vlm.lazy_tuning import calibrated, tune
 from examples.petite_vlm.lora import add_lora, merge_lora
-from examples.petite_vlm.model import ADAPTER, build_config, load_petite_vlm, read_adapter
+from examples.petite_vlm.model import ADAPTER, FEATURE_LAYERS, build_config, load_petite_vlm, read_adapter
 from examples.petite_vlm.onnx_weights import Node, read_onnx
 from examples.petite_vlm.packing import Encoded, loss_and_hits, pack, packed_logits
 from examples.petite_vlm.parts import ChecksumError, DownloadError, Part, build_once, fetch
@@ -36,7 +36,7 @@ RECIPE = Recipe(
 )
 
 
-def tiny_model() -> LlavaForConditionalGeneration:
+def tiny_model(feature_layers: tuple[int, ...] = FEATURE_LAYERS) -> LlavaForConditionalGeneration:
     """A random LLaVA: 28-pixel images make 4 image tokens."""
     text = LlamaConfig(
         vocab_size=48,
@@ -54,7 +54,7 @@ def tiny_model() -> LlavaForConditionalGeneration:
         hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=42, patch_size=14, use_mask_token=False
     )
     torch.manual_seed(3)
-    model = LlavaForConditionalGeneration(build_config(text, vision, IMAGE_TOKEN)).eval()
+    model = LlavaForConditionalGeneration(build_config(text, vision, IMAGE_TOKEN, feature_layers)).eval()
     for parameter in model.parameters():  # the default initialisation is too small to tell one computation from another
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -232,6 +232,31 @@ def test_training_goes_on_from_an_adapter():
         assert torch.equal(value, second.adapter_tensors()[name]), name
     assert second.train_step()["loss"] < tiny_trainer().train_step()["loss"]
     assert loss < first.curve[0]["loss"]
+
+
+def test_training_goes_on_from_a_projector_alone():
+    """As `align` writes it: the decoder is as it came."""
+    first = tiny_trainer()
+    first.train_step()
+    tensors = {n: value for n, value in first.adapter_tensors().items() if n.startswith("projector.")}
+    second, fresh = tiny_trainer(start=tensors), tiny_trainer().adapter_tensors()
+    for name, value in second.adapter_tensors().items():
+        if name in tensors:
+            assert torch.equal(value, tensors[name]), name
+        elif name.endswith(".B"):
+            assert torch.equal(value, fresh[name]), name
+    with pytest.raises(ValueError, match="differs in 1 tensors"):
+        tiny_trainer(start={name: value for name, value in tensors.items() if not name.endswith("linear_2.bias")})
+
+
+@torch.no_grad()
+def test_features_of_several_layers_are_what_the_projector_is_given():
+    model = tiny_model(feature_layers=(1, -1))
+    pixels = torch.randn(2, 3, 28, 28)
+    features = encode(model, pixels)
+    assert features.shape == (2, 4, 2 * model.config.vision_config.hidden_size)
+    stock = model.get_image_features(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(torch.stack(tuple(stock)), model.model.multi_modal_projector(features))
 
 
 def test_half_precision_is_the_same_training_but_rougher():

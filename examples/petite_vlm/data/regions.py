@@ -40,6 +40,8 @@ class Region:
 class Located(Protocol):
     """A data set that knows where its things are."""
 
+    name: str
+
     def picture(self, split: Split, image: int) -> Image.Image:
         """The picture, RGB."""
         ...

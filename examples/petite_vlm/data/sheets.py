@@ -1,4 +1,7 @@
-"""Sheets full of type: what letters look like, some hundred of them a picture. For training only, patch by patch."""
+"""Sheets full of type: what letters look like, some fifty of them a picture.
+
+Nothing is asked of them: they only teach a projector, patch by patch (`align`).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from PIL import Image, ImageDraw
 from .canvas import COLOURS, SIZE, ground
 from .fonts import font, fonts
 from .lettering import word_regions
-from .questions import Question, Split, Task, seeded
+from .questions import Split, seeded
 from .regions import Region
-from .words import INKS, spelt, words
+from .words import INKS, words
 
 SMALLEST, LARGEST = 22, 72
 """Pixels of the type, small ones more often: from what receipts are set in to the largest of `words`."""
@@ -21,25 +24,19 @@ class Sheets:
     """Lines of words and numbers, each line in a font, a size and an ink of its own."""
 
     name = "sheets"
-    task: Task = "ocr"
-    max_new_tokens = 8
 
-    def images(self, split: Split) -> int:
-        return 1000 if split == "test" else 1_000_000
-
-    def _made(self, split: Split, image: int) -> tuple[Image.Image, tuple[Region, ...], str]:
-        """The picture, its regions, and the last word on it."""
+    def _made(self, split: Split, image: int) -> tuple[Image.Image, tuple[Region, ...]]:
         draw = seeded(self.name, split, image)
         canvas = ground(draw)
         pen = ImageDraw.Draw(canvas)
         regions: list[Region] = []
-        y, last = draw.randint(0, 8), ""
+        y = draw.randint(0, 8)
         while True:
             size = SMALLEST * (LARGEST / SMALLEST) ** draw.random()
             letters = font(draw.choice(fonts(split)), round(size))
             height = sum(letters.getmetrics())
-            if y + height > SIZE and last:
-                return canvas, tuple(regions), last
+            if y + height > SIZE:
+                return canvas, tuple(regions)
             ink, x = draw.choice(INKS), float(draw.randint(2, 16))
             while True:
                 word = draw.choice(words(split))
@@ -50,7 +47,6 @@ class Sheets:
                 pen.text((x, y), shown, font=letters, fill=COLOURS[ink])
                 regions += word_regions(letters, shown, ink, x, y)
                 x += letters.getlength(shown) + letters.getlength(" ") + draw.randint(0, 12)
-                last = said
             y += height + draw.randint(-4, 4)
 
     def picture(self, split: Split, image: int) -> Image.Image:
@@ -58,6 +54,3 @@ class Sheets:
 
     def regions(self, split: Split, image: int) -> tuple[Region, ...]:
         return self._made(split, image)[1]
-
-    def questions(self, split: Split, image: int) -> list[Question]:
-        return [Question(image, "spell the last word.", spelt(self._made(split, image)[2]), "word")]
