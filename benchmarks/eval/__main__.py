@@ -19,7 +19,7 @@ from benchmarks.eval.contenders import ablations, contenders
 from benchmarks.eval.page import RESULTS
 from benchmarks.eval.tasks import METRIC_OF, task_of
 from examples.petite_vlm.data import DATASETS
-from examples.petite_vlm.model import ADAPTER, load_petite_vlm
+from examples.petite_vlm.model import MIXTURE, load_petite_vlm
 
 console = Console()
 SHARES = (0.5, 0.3, 0.1)
@@ -46,7 +46,7 @@ def main(
     ] = None,
     images: Annotated[int, typer.Option(help="held-out pictures of each data set", min=2)] = 100,
     calibration: Annotated[int, typer.Option(help="training pictures to calibrate on; 0: no lazy plans")] = 48,
-    adapter: Annotated[Path, typer.Option(help="the adapter file")] = ADAPTER,
+    adapter: Annotated[Path, typer.Option(help="the adapter file")] = MIXTURE,
     batch: Annotated[int, typer.Option(min=2)] = 16,
     compiler: str = "eager",
     ablation: Annotated[bool, typer.Option("--ablations", help="A-VL, a setting at a time")] = False,

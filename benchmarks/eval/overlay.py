@@ -23,7 +23,7 @@ from avl_fx import Plan
 from benchmarks.eval.contenders import partitioned
 from examples.petite_vlm.data import DATASETS
 from examples.petite_vlm.lazy_layers import PREFIX
-from examples.petite_vlm.model import ADAPTER, load_petite_vlm
+from examples.petite_vlm.model import MIXTURE, load_petite_vlm
 from tests.oracle.avl import AvlOracle, avl_oracle
 
 __all__ = ["Choices", "draw", "watch"]
@@ -118,7 +118,7 @@ def main(
     image: Annotated[int, typer.Option(help="number of the held-out picture")] = 0,
     share: Annotated[float, typer.Option(help="of the visual tokens that is kept")] = 0.3,
     new_tokens: int = 64,
-    adapter: Annotated[Path, typer.Option(help="the adapter file")] = ADAPTER,
+    adapter: Annotated[Path, typer.Option(help="the adapter file")] = MIXTURE,
     output: Annotated[Path | None, typer.Option(help="the picture to write")] = None,
 ) -> None:
     """Draw the choices for the first question about a held-out picture."""

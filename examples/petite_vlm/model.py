@@ -24,6 +24,8 @@ from .parts import ChecksumError, sha256_of
 from .processor import PetiteProcessor
 
 ADAPTER = Path(__file__).parent / "adapter" / "petite_vlm.safetensors"
+MIXTURE = ADAPTER.with_name("mixture.safetensors")
+"""Trained on all data sets; the other one knows easy-VQA alone."""
 TRAINED_AT = 168  # pixels
 FEATURE_LAYERS = (-3,)  # the last two layers of this ViT were tuned for saliency maps
 

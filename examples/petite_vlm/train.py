@@ -103,9 +103,7 @@ def main(
     decay_steps: int = Recipe.decay_steps,
     cooldown: int = Recipe.cooldown,
     seed: int = Recipe.seed,
-    precision: Annotated[
-        str, typer.Option(help="of products: float32, or bfloat16 where the hardware has it")
-    ] = Recipe.precision,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16 where the hardware has it")] = Recipe.precision,
     stop_after: Annotated[int | None, typer.Option(help="stop at this step; run again to go on")] = None,
     save_every: int = 50,
     eval_every: int = 50,

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pytest
 import torch
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from examples.petite_vlm import align
 from examples.petite_vlm.align import Alignment, Patches, alignment_loss, recognised
-from examples.petite_vlm.data import canvas
+from examples.petite_vlm.data import LOCATED, canvas
 from examples.petite_vlm.data.lettering import fitting, ink_box, spelling, word_regions
 from examples.petite_vlm.data.regions import VOCABULARY, Region
 from examples.petite_vlm.labels import GROUPS, WordDirections, patch_targets
+from examples.petite_vlm.model import load_petite_vlm
 
 from .test_petite_vlm import tiny_model
 
@@ -166,3 +169,19 @@ def test_what_shows_nothing_weighs_less():
         alignment_loss(scored, x[some], {g: t[some] for g, t in patches.targets.items()}) for some in (shows, ~shows)
     ]
     assert min(parts) < whole < max(parts)
+
+
+@pytest.mark.slow
+def test_the_file_is_one_to_go_on_from(tmp_path: Path):
+    """Real parts, few pictures: the model loads it, with the layers and the size that it was made for."""
+    out = tmp_path / "aligned.safetensors"
+    align.main(out, "sheets:8,scenes:16", 112, "4,-3", steps=60, seed=0, held_out=8)
+    described = json.loads(out.with_suffix(".json").read_text())
+    assert described["held_out"]["scenes"]["row"]["said"] > 0.5
+    assert described["loss"]
+    model, processor = load_petite_vlm(adapter=out)
+    assert (processor.image_size, model.config.vision_feature_layer) == (112, [4, -3])
+    inputs = processor.prepare([LOCATED["scenes"].picture("test", 0)], ["which animal is there?"])
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+    with pytest.raises(typer.BadParameter, match="does not say where things are"):
+        align.main(out, "captions:8", 112, "-3", steps=1, seed=0, held_out=1)

@@ -21,7 +21,15 @@ from examples.petite_vlm.data import Question, by_image, load_questions, shuffle
 from examples.petite_vlm.features import encode
 from examples.petite_vlm.lazy_tuning import calibrated, tune
 from examples.petite_vlm.lora import add_lora, merge_lora
-from examples.petite_vlm.model import ADAPTER, FEATURE_LAYERS, build_config, load_petite_vlm, read_adapter
+from examples.petite_vlm.model import (
+    ADAPTER,
+    FEATURE_LAYERS,
+    MIXTURE,
+    build_config,
+    load_petite_vlm,
+    read_adapter,
+    trained_at,
+)
 from examples.petite_vlm.onnx_weights import Node, read_onnx
 from examples.petite_vlm.packing import Encoded, loss_and_hits, pack, packed_logits
 from examples.petite_vlm.parts import ChecksumError, DownloadError, Part, build_once, fetch
@@ -427,6 +435,30 @@ def test_adapter_is_the_described_one_and_small():
     assert len([key for key in tensors if key.startswith("lora.")]) == 30 * 7 * 2
     assert described["held_out"]["accuracy"]["all"] >= 0.9
     assert described["held_out"]["accuracy_shuffled"]["all"] < 0.45
+
+
+def test_what_the_mixture_answers_is_what_the_readme_says():
+    described = json.loads(MIXTURE.with_suffix(".json").read_text())
+    tensors, scale = read_adapter(MIXTURE)  # checks the sha256
+    assert MIXTURE.stat().st_size == described["bytes"] <= 20 * 2**20
+    assert scale == described["recipe"]["lora_scale"]
+    assert trained_at(MIXTURE) == (224, (4, 7, -3))
+    assert tensors["projector.linear_1.weight"].shape == (576, 3 * 384)
+    found, readme = described["held_out"]["found"], (FOLDER / "README.md").read_text()
+    rows = {
+        "`easy_vqa`": found["easy_vqa"]["all"],
+        "`composites`: what, which": found["composites"]["what"],
+        "`composites`: where": found["composites"]["where"],
+        "`composites`: which colour": found["composites"]["colour"],
+        "`composites`: which digit": found["composites"]["digit"],
+        "`composites`: how many": found["composites"]["how many"],
+        "`documents`": found["documents"]["all"],
+        "`words`": found["words"]["all"],
+        "`captions`": found["captions"]["all"],
+    }
+    for name, share in rows.items():
+        right, other, tokens = (f"{share[key]:.1%}" for key in ("right", "another image", "tokens"))
+        assert f"| {name} | {share['questions']} | {right} | {other} | {tokens} |" in readme, name
 
 
 def test_damaged_adapter_is_refused(tmp_path: Path):
