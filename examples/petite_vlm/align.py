@@ -121,10 +121,9 @@ def align(
     embedding = model.get_input_embeddings().weight.detach()
     projector = model.model.multi_modal_projector.requires_grad_(True)
     # The file is in order of data sets: a stride shows all of them.
-    init_projector(
-        projector, patches.features[None, :: max(1, len(patches.features) // 20_000)], float(embedding.std())
-    )
-    spread = patches.features[:: max(1, len(patches.features) // 20_000)].float().std(0)
+    sample = patches.features[:: max(1, len(patches.features) // 20_000)].float()
+    init_projector(projector, sample[None], float(embedding.std()))
+    spread = sample.std(0)
     directions = WordDirections(processor.tokenizer, embedding)
     often = torch.ones(len(patches.features))
     for group, more in SAID_WEIGHT.items():
@@ -156,7 +155,9 @@ def main(
     out: Annotated[Path, typer.Option(help="the projector, for train --start")] = Path("out/aligned.safetensors"),
     pictures: Annotated[str, typer.Option(help="data sets and how many pictures of each")] = Alignment.pictures,
     image_size: Annotated[int, typer.Option(help="pixels, a multiple of 14")] = Alignment.image_size,
-    feature_layers: Annotated[str, typer.Option(help="layers of the vision encoder, side by side")] = "4,-3",
+    feature_layers: Annotated[str, typer.Option(help="layers of the vision encoder, side by side")] = ",".join(
+        map(str, Alignment.feature_layers)
+    ),
     steps: int = Alignment.steps,
     seed: int = Alignment.seed,
     held_out: Annotated[int, typer.Option(help="test pictures of each data set")] = 96,
