@@ -252,7 +252,7 @@ MUTATIONS: list[Mutation] = [
             "read own keys for the anchor's",
             "anchor_key=theirs)",
             "anchor_key=key)",
-            "tests/e2e/test_lazy_modes.py -k second_turn_on_a_compact_cache[vla]",
+            f"{MODES} -k 'on_a_compact_cache and vla-'",
         ),
         (
             "inherit text instead of images",
