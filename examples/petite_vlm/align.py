@@ -2,7 +2,8 @@
 
 Pictures that are made know what is where. So a patch can be told directly: look like the embedding of "cat", and of
 "top" and "left". The projector learns that in minutes, without the decoder, whose part is then to find and to copy
-what is there already, in words that it knows. `train --start` goes on from the file.
+what is there already, in words that it knows. `train --start` goes on from the file. With `--start` the projector of an
+adapter learns more, and its decoder stays: what it reads still looks as it did, only clearer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers import LlavaForConditionalGeneration
 from .data import LOCATED, Split
 from .features import encode
 from .labels import GROUPS, WordDirections, patch_targets
-from .model import load_petite_vlm
+from .model import load_petite_vlm, read_adapter, trained_at
 from .parts import sha256_of
 from .processor import PetiteProcessor, to_pixels
 from .trainer import init_projector
@@ -52,6 +53,7 @@ class Alignment:
     decay: float = 0.05
     length: float = 0.02  # penalty on squared length, where one word is 1
     seed: int = 0
+    start: str = ""  # sha256 of the adapter whose projector learns more
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,15 @@ def recognised(directions: WordDirections, projector: nn.Module, patches: Patche
 def align(
     model: LlavaForConditionalGeneration, processor: PetiteProcessor, recipe: Alignment, patches: Patches
 ) -> tuple[WordDirections, list[float]]:
-    """Train the model's projector in place; returns what scores it, and the loss of every step."""
+    """Train the model's projector in place, from the beginning where the recipe has no start; returns what scores it,
+    and the loss of every step."""
     torch.manual_seed(recipe.seed)
     embedding = model.get_input_embeddings().weight.detach()
     projector = model.model.multi_modal_projector.requires_grad_(True)
     # The file is in order of data sets: a stride shows all of them.
     sample = patches.features[:: max(1, len(patches.features) // 20_000)].float()
-    init_projector(projector, sample[None], float(embedding.std()))
+    if not recipe.start:
+        init_projector(projector, sample[None], float(embedding.std()))
     spread = sample.std(0)
     directions = WordDirections(processor.tokenizer, embedding)
     often = torch.ones(len(patches.features))
@@ -154,21 +158,34 @@ def align(
 def main(
     out: Annotated[Path, typer.Option(help="the projector, for train --start")] = Path("out/aligned.safetensors"),
     pictures: Annotated[str, typer.Option(help="data sets and how many pictures of each")] = Alignment.pictures,
-    image_size: Annotated[int, typer.Option(help="pixels, a multiple of 14")] = Alignment.image_size,
-    feature_layers: Annotated[str, typer.Option(help="layers of the vision encoder, side by side")] = ",".join(
-        map(str, Alignment.feature_layers)
-    ),
+    image_size: Annotated[int, typer.Option(help="pixels, a multiple of 14; not with --start")] = Alignment.image_size,
+    feature_layers: Annotated[
+        str, typer.Option(help="layers of the vision encoder, side by side; not with --start")
+    ] = ",".join(map(str, Alignment.feature_layers)),
+    start: Annotated[Path | None, typer.Option(help="an adapter whose projector learns more")] = None,
     steps: int = Alignment.steps,
+    rate: Annotated[float, typer.Option(help="of learning, at its height")] = Alignment.rate,
     seed: int = Alignment.seed,
     held_out: Annotated[int, typer.Option(help="test pictures of each data set")] = 96,
 ) -> None:
     """Align the projector, and say what it recognises on held-out pictures."""
     layers = tuple(int(layer) for layer in feature_layers.split(","))
-    recipe = Alignment(pictures=pictures, image_size=image_size, feature_layers=layers, steps=steps, seed=seed)
+    if start is not None:
+        image_size, layers = trained_at(start)
+    recipe = Alignment(
+        pictures=pictures,
+        image_size=image_size,
+        feature_layers=layers,
+        steps=steps,
+        rate=rate,
+        seed=seed,
+        start="" if start is None else sha256_of(start),
+    )
     counts = {name: int(count) for name, _, count in (item.partition(":") for item in pictures.split(","))}
     if unknown := counts.keys() - LOCATED.keys():
         raise typer.BadParameter(f"{min(unknown)!r} does not say where things are: choose among {', '.join(LOCATED)}")
-    model, processor = load_petite_vlm(adapter=None, image_size=image_size, feature_layers=layers)
+    # Whoever starts from an adapter needs nothing of its decoder here: words are where they always were.
+    model, processor = load_petite_vlm(start, image_size=image_size, feature_layers=layers)
     model.requires_grad_(False)
     began = time.perf_counter()
     with torch.no_grad():
@@ -183,9 +200,10 @@ def main(
         for group, shares in groups.items():
             console.print(f"{name} {group}: " + ", ".join(f"{key} {share:.1%}" for key, share in shares.items()))
     out.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"projector.{name}": p.detach().half().contiguous() for name, p in projector.named_parameters()}
+    tensors, scale = ({}, 1.0) if start is None else read_adapter(start)
+    tensors |= {f"projector.{name}": p.detach().half().contiguous() for name, p in projector.named_parameters()}
     recipe_text = json.dumps(asdict(recipe))
-    save_file(tensors, out, metadata={"format": "pt", "lora_scale": "1.0", "recipe": recipe_text})
+    save_file(tensors, out, metadata={"format": "pt", "lora_scale": str(scale), "recipe": recipe_text})
     described = {"sha256": sha256_of(out), "recipe": asdict(recipe), "seconds": seconds, "held_out": found}
     described["loss"] = [round(sum(curve[i : i + 100]) / len(curve[i : i + 100]), 4) for i in range(0, len(curve), 100)]
     out.with_suffix(".json").write_text(json.dumps(described, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """Covering sets: few cases in which every pair (or triple ...) of values of different factors meets."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,14 +23,31 @@ def covering(
     return chosen
 
 
-def one_each(cases: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """One case for each value of the first factor, spread so that the values of the others meet as often as can be."""
+def one_each(cases: Sequence[tuple[Any, ...]], by: Sequence[int] = (0,)) -> list[tuple[Any, ...]]:
+    """One case for each value of the factors at the places ``by``.
+
+    The values of the others are spread: they meet as often as can be, and none is much more frequent than another.
+    """
+
+    def others(case: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(value for place, value in enumerate(case) if place not in by)
+
+    groups: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+    for case in cases:
+        groups.setdefault(tuple(case[place] for place in by), []).append(case)
     seen: set[tuple[tuple[int, Any], ...]] = set()
+    used: Counter[tuple[int, Any]] = Counter()
+
+    def worth(case: tuple[Any, ...]) -> tuple[int, ...]:
+        rest = others(case)
+        return (*(len(_meetings(rest, n) - seen) for n in (2, 3)), -sum(used[at] for at in enumerate(rest)))
+
     chosen = []
-    for first in dict.fromkeys(case[0] for case in cases):
-        best = max((c for c in cases if c[0] == first), key=lambda c: [len(_meetings(c[1:], n) - seen) for n in (2, 3)])
+    for group in groups.values():
+        best = max(group, key=worth)
         chosen.append(best)
-        seen |= _meetings(best[1:], 2) | _meetings(best[1:], 3)
+        seen.update(_meetings(others(best), 2) | _meetings(others(best), 3))
+        used.update(enumerate(others(best)))
     return chosen
 
 

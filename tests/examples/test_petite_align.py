@@ -20,7 +20,7 @@ from examples.petite_vlm.data import LOCATED, canvas
 from examples.petite_vlm.data.lettering import fitting, ink_box, spelling, word_regions
 from examples.petite_vlm.data.regions import VOCABULARY, Region
 from examples.petite_vlm.labels import GROUPS, WordDirections, patch_targets
-from examples.petite_vlm.model import load_petite_vlm
+from examples.petite_vlm.model import ADAPTER, load_petite_vlm, read_adapter, trained_at
 
 from .test_petite_vlm import tiny_model
 
@@ -160,6 +160,15 @@ def test_a_projector_learns_what_it_is_told(monkeypatch: pytest.MonkeyPatch):
     assert not any(p.requires_grad for p in again.model.multi_modal_projector.parameters())
 
 
+def test_a_projector_goes_on_from_what_it_knows(monkeypatch: pytest.MonkeyPatch):
+    model, patches = tiny_model(), planted()
+    monkeypatch.setattr(align, "WordDirections", lambda tokenizer, embedding: directions())
+    processor: Any = type("P", (), {"tokenizer": None})
+    first = align.align(model, processor, Alignment(steps=150, patches=128, rate=1e-2), patches)[1]
+    more = align.align(model, processor, Alignment(steps=3, patches=128, rate=1e-3, start="an adapter"), patches)[1]
+    assert more[0] < 0.5 * first[0]
+
+
 def test_what_shows_nothing_weighs_less():
     scored, patches = directions(), planted()
     x = torch.randn(600, WIDTH)
@@ -183,5 +192,12 @@ def test_the_file_is_one_to_go_on_from(tmp_path: Path):
     assert (processor.image_size, model.config.vision_feature_layer) == (112, [4, -3])
     inputs = processor.prepare([LOCATED["scenes"].picture("test", 0)], ["which animal is there?"])
     assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+    more = tmp_path / "more.safetensors"
+    align.main(more, "sheets:8", start=ADAPTER, steps=3, rate=1e-4, held_out=2)
+    assert trained_at(more) == trained_at(ADAPTER)
+    (before, scale), (after, its_scale) = read_adapter(ADAPTER), read_adapter(more)
+    assert before.keys() == after.keys()
+    assert scale == its_scale
+    assert {name.partition(".")[0] for name in before if not before[name].equal(after[name])} == {"projector"}
     with pytest.raises(typer.BadParameter, match="does not say where things are"):
         align.main(out, "captions:8", 112, "-3", steps=1, seed=0, held_out=1)

@@ -14,8 +14,8 @@ from .questions import Split, seeded
 from .regions import Region
 from .words import INKS, words
 
-SMALLEST, LARGEST = 22, 72
-"""Pixels of the type, small ones more often: from what receipts are set in to the largest of `words`."""
+SMALLEST, LARGEST = 22, 96
+"""Pixels of the type, small ones more often: from what receipts are set in to larger than `words`."""
 NUMBERS = 0.25
 """Share of numbers among the words."""
 
