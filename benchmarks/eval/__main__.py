@@ -16,15 +16,16 @@ from rich.console import Console
 import avl_fx
 from avl_fx import Plan
 from benchmarks.eval.contenders import ablations, contenders
-from benchmarks.eval.page import RESULTS
+from benchmarks.eval.page import ABLATIONS, RESULTS
 from benchmarks.eval.tasks import METRIC_OF, task_of
 from examples.petite_vlm.data import DATASETS
 from examples.petite_vlm.model import MIXTURE, load_petite_vlm
 
 console = Console()
 SHARES = (0.5, 0.3, 0.1)
-QUICK = ("easy_vqa", "captions", "words")
+QUICK = ("composites", "scenes", "words")
 """One data set a task."""
+QUICK_BATCH = 8
 
 
 def calibrated_blocks(model: torch.nn.Module, processor: object, name: str, images: int) -> Plan:
@@ -51,7 +52,7 @@ def main(
     compiler: str = "eager",
     ablation: Annotated[bool, typer.Option("--ablations", help="A-VL, a setting at a time")] = False,
     limit: Annotated[int | None, typer.Option(help="batches of each data set at most", min=1)] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="one batch a task, 30% of the keys, no lazy plans")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="eight questions a task, 30% of the keys, no lazy plans")] = False,
     output: Annotated[Path, typer.Option(help="folder for the results")] = RESULTS,
 ) -> None:
     """Answer all questions as every contender, and compare."""
@@ -63,7 +64,7 @@ def main(
     layers: int = model.config.get_text_config().num_hidden_layers
     budgets = shares or ((0.3,) if quick else SHARES)
     if quick:
-        datasets, limit, calibration = datasets or list(QUICK), 1, 0
+        datasets, limit, calibration, batch = datasets or list(QUICK), 1, 0, min(batch, QUICK_BATCH)
     for name in datasets or list(METRIC_OF):
         blocks: tuple[tuple[int, int], ...] = ()
         if calibration:
@@ -74,7 +75,7 @@ def main(
             ways = ablations(budgets[0], blocks, layers, compiler)
         else:
             ways = contenders(budgets, blocks, layers, compiler)
-        folder = output / (f"{name}-ablations" if ablation else name)
+        folder = output / (f"{name}{ABLATIONS}" if ablation else name)
         report = avl_fx.evaluate(model, task, ways, output=folder, limit=limit)
         console.print(report.markdown(), markup=False)
     console.print(f"saved in {output}")

@@ -16,6 +16,8 @@ from examples.petite_vlm.data import DATASETS
 __all__ = ["page"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "eval"
+ABLATIONS = "-ablations"
+"""What the folder of a data set's ablations is called, behind its name."""
 INTRO = """# What the methods cost in answers
 
 Written by `python -m benchmarks.eval.page` from `benchmarks/results/eval`, which `make eval` makes. The model is
@@ -41,29 +43,79 @@ reads less than any control at the same s, which reads s at every step. Controls
 """
 
 
-def page(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page, of reports by data set."""
-    parts = [INTRO]
+DIFFERENCES = (
+    (
+        "The prompt is dense",
+        "A-VL drops half of the visual tokens behind layer 2",
+        "The filter is not built yet. So the first token is the dense one, and short answers show little",
+    ),
+    (
+        "Text is kept whole, but for two ablations",
+        "A-VL keeps 60% of it",
+        "Controls differ in how they treat images; text must not decide between them",
+    ),
+    (
+        "Core is 0.6 of what is kept, chosen anew at every third step",
+        "0.3 of all where 0.5 is kept, at every third step",
+        "The same ratio, at every budget",
+    ),
+    (
+        "Under a lazy plan core is chosen once a block",
+        "The papers do not meet",
+        "A lazy layer has no scores of its own: it reads what its anchor reads",
+    ),
+    (
+        "Blocks save 35% of the KV bytes and differ least, over all ways to cut",
+        "Neighbours whose divergence is below a threshold",
+        "A budget can be compared; `calibrate` knows the threshold too",
+    ),
+    (
+        "No layer was trained to be lazy",
+        "Q Cache tunes with lazy layers in place",
+        "What a plan costs a model that is served as it is; "
+        "[tuning](../examples/petite_vlm/README.md#lazy-layers) wins it back",
+    ),
+)
+"""Here, there, why."""
+HEADER = ["| | score | 95% interval | to dense | nats | KV | ms |", "|---|---:|---:|---:|---:|---:|---:|"]
+
+
+def page(found: Mapping[str, Mapping[str, Any]], ablations: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page, of reports by data set: all contenders, and A-VL with one setting changed at a time."""
+    differences = ["| here | there | why |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in DIFFERENCES)]
+    parts = [INTRO, "## Where this is not what the papers did\n\n" + "\n".join(differences) + "\n"]
     for name, report in found.items():
         parts.append(f"## {name}: {DATASETS[name].task}, {report['metric']}\n")
-        parts.append(f"{report['questions']} questions about {report['groups']} pictures.\n")
-        lines = ["| | score | 95% interval | to dense | nats | KV | ms |", "|---|---:|---:|---:|---:|---:|---:|"]
-        for contender, result in report["results"].items():
-            score, gained = result["score"], result["difference"]
-            to_dense = (
-                ""
-                if contender == "dense"
-                else f"{100 * gained['mean']:+.1f} ({100 * gained['low']:+.1f} to {100 * gained['high']:+.1f})"
-            )
-            masked = contender.startswith(tuple(CONTROLS))
-            stored = "" if masked else f"{result['kv_share']:.0%}"
-            step = "" if result["step_seconds"] is None else f"{1e3 * result['step_seconds']:.0f}"
-            lines.append(
-                f"| {contender} | {score['mean']:.1%} | {score['low']:.1%} to {score['high']:.1%} | {to_dense} "
-                f"| {result['divergence']:.3f} | {stored} | {step} |"
-            )
-        parts.append("\n".join(lines) + "\n")
+        parts.append(_asked(report) + _table(report))
+    if ablations:
+        parts.append("## Ablations\n\nA-VL at one budget, one setting changed at a time.\n")
+    for name, report in ablations.items():
+        parts.append(f"### {name}: {report['metric']}\n")
+        parts.append(_asked(report) + _table(report))
     return "\n".join(parts)
+
+
+def _asked(report: Mapping[str, Any]) -> str:
+    return f"{report['questions']} questions about {report['groups']} pictures.\n\n"
+
+
+def _table(report: Mapping[str, Any]) -> str:
+    lines = list(HEADER)
+    for contender, result in report["results"].items():
+        score, gained = result["score"], result["difference"]
+        to_dense = (
+            ""
+            if contender == "dense"
+            else f"{100 * gained['mean']:+.1f} ({100 * gained['low']:+.1f} to {100 * gained['high']:+.1f})"
+        )
+        masked = contender.startswith(tuple(CONTROLS))
+        stored = "" if masked else f"{result['kv_share']:.0%}"
+        step = "" if result["step_seconds"] is None else f"{1e3 * result['step_seconds']:.0f}"
+        lines.append(
+            f"| {contender} | {score['mean']:.1%} | {score['low']:.1%} to {score['high']:.1%} | {to_dense} "
+            f"| {result['divergence']:.3f} | {stored} | {step} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def main(
@@ -71,12 +123,17 @@ def main(
     output: Annotated[Path, typer.Option(help="the page")] = Path("docs/results.md"),
 ) -> None:
     """Write the page."""
-    files = {name: results / name / "evaluation.json" for name in METRIC_OF}
-    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    found, ablations = (_read(results, suffix) for suffix in ("", ABLATIONS))
     if not found:
         raise typer.BadParameter(f"there are no results in {results}: run make eval")
-    output.write_text(page(found), encoding="utf-8")
+    output.write_text(page(found, ablations), encoding="utf-8")
     typer.echo(f"wrote {output}: {', '.join(found)}")
+
+
+def _read(results: Path, suffix: str) -> dict[str, Any]:
+    """Reports by data set, as far as there are any."""
+    files = {name: results / f"{name}{suffix}" / "evaluation.json" for name in METRIC_OF}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
 if __name__ == "__main__":

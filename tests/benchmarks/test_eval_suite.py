@@ -106,8 +106,13 @@ def test_the_page_states_what_was_found():
     result |= {"kv_share": 0.4, "step_seconds": 0.0423}
     results = {"dense": result, "A-VL 30%": result, "random 30%": result | {"step_seconds": None}}
     report = {"metric": "exact", "questions": 9, "groups": 3, "results": results}
-    said = page({"composites": report})
+    said = page({"composites": report}, {})
+    assert "Ablations" not in said
     assert "## composites: vqa, exact" in said
     assert "| A-VL 30% | 50.0% | 25.0% to 75.0% | -10.0 (-20.0 to +0.0) | 0.062 | 40% | 42 |" in said
     assert "| random 30% | 50.0% | 25.0% to 75.0% | -10.0 (-20.0 to +0.0) | 0.062 |  |  |" in said
     assert all(f"| {name} |" in said for name in CONTROLS)
+    both = page({"composites": report}, {"scenes": report | {"results": {"never refreshed": result}}})
+    assert both.startswith(said)
+    assert "### scenes" in both
+    assert "| never refreshed | 50.0% |" in both
