@@ -52,7 +52,9 @@ def main(
     compiler: str = "eager",
     ablation: Annotated[bool, typer.Option("--ablations", help="A-VL, a setting at a time")] = False,
     limit: Annotated[int | None, typer.Option(help="batches of each data set at most", min=1)] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="eight questions a task, 30% of the keys, no lazy plans")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="eight questions a task, 30% of the keys, no lazy plans")
+    ] = False,
     output: Annotated[Path, typer.Option(help="folder for the results")] = RESULTS,
 ) -> None:
     """Answer all questions as every contender, and compare."""
