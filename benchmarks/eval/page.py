@@ -85,21 +85,16 @@ def page(found: Mapping[str, Mapping[str, Any]], ablations: Mapping[str, Mapping
     differences = ["| here | there | why |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in DIFFERENCES)]
     parts = [INTRO, "## Where this is not what the papers did\n\n" + "\n".join(differences) + "\n"]
     for name, report in found.items():
-        parts.append(f"## {name}: {DATASETS[name].task}, {report['metric']}\n")
-        parts.append(_asked(report) + _table(report))
+        parts += _section(f"## {name}: {DATASETS[name].task}, {report['metric']}\n", report)
     if ablations:
         parts.append("## Ablations\n\nA-VL at one budget, one setting changed at a time.\n")
     for name, report in ablations.items():
-        parts.append(f"### {name}: {report['metric']}\n")
-        parts.append(_asked(report) + _table(report))
+        parts += _section(f"### {name}: {report['metric']}\n", report)
     return "\n".join(parts)
 
 
-def _asked(report: Mapping[str, Any]) -> str:
-    return f"{report['questions']} questions about {report['groups']} pictures.\n\n"
-
-
-def _table(report: Mapping[str, Any]) -> str:
+def _section(heading: str, report: Mapping[str, Any]) -> list[str]:
+    """What was asked, and a line for each contender."""
     lines = list(HEADER)
     for contender, result in report["results"].items():
         score, gained = result["score"], result["difference"]
@@ -115,7 +110,8 @@ def _table(report: Mapping[str, Any]) -> str:
             f"| {contender} | {score['mean']:.1%} | {score['low']:.1%} to {score['high']:.1%} | {to_dense} "
             f"| {result['divergence']:.3f} | {stored} | {step} |"
         )
-    return "\n".join(lines) + "\n"
+    asked = f"{report['questions']} questions about {report['groups']} pictures.\n"
+    return [heading, asked, "\n".join(lines) + "\n"]
 
 
 def main(
