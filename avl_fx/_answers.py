@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,21 +59,33 @@ class Answers:
 def dense_answers(model: Any, contender: Contender, inputs: Mapping[str, Any], max_new_tokens: int) -> DenseAnswers:
     """Greedy answers of the model itself."""
     listener = _Listener()
-    tokens, cache = _generate(model, contender, inputs, max_new_tokens, listener)
+    own = _empty_cache(model, contender)
+    tokens, cache = _generate(model, contender, inputs, max_new_tokens, listener, own)
     lengths, top = _lengths(model, tokens), torch.stack(listener.top)
     return DenseAnswers(tokens, lengths, top, torch.stack(listener.found), cache, listener.step_seconds())
 
 
 def answers(
-    model: Any, contender: Contender, inputs: Mapping[str, Any], max_new_tokens: int, dense: DenseAnswers
+    model: Any,
+    contender: Contender,
+    inputs: Mapping[str, Any],
+    max_new_tokens: int,
+    dense: DenseAnswers,
+    prompt_only: Sequence[str] = (),
 ) -> Answers:
-    """Greedy answers of ``contender``; and, where they differ from the dense ones, a second run along those."""
+    """Greedy answers of ``contender``; and, where they differ from the dense ones, a second run along those.
+
+    With ``prompt_only``, inputs that steps behind the prompt do without, the second run of a contender with a cache of
+    its own begins behind the prompt, from a copy of that cache.
+    """
     listener = _Listener(dense)
-    tokens, cache = _generate(model, contender, inputs, max_new_tokens, listener)
+    cache = _empty_cache(model, contender)
+    if prompt_only and "attention_mask" in inputs:
+        listener.to_copy = cache
+    tokens, held = _generate(model, contender, inputs, max_new_tokens, listener, cache)
     seconds = listener.step_seconds()
     if any(tokens[row, :length].tolist() != dense.tokens[row, :length].tolist() for row, length in _rows(dense)):
-        listener = _Listener(dense, forced=True)
-        _generate(model, contender, inputs, dense.tokens.shape[1], listener)
+        listener = _along(model, contender, inputs, dense, prompt_only, listener)
     divergence, agreement = [], []
     for row, length in _rows(dense):
         terms = [_divergence(dense, listener, step, row) for step in range(length)]
@@ -79,7 +93,40 @@ def answers(
         agreement.append(
             sum(int(listener.chosen[step][row] == dense.tokens[row, step]) for step in range(length)) / length
         )
-    return Answers(tokens, tuple(divergence), tuple(agreement), cache, seconds)
+    return Answers(tokens, tuple(divergence), tuple(agreement), held, seconds)
+
+
+def _along(
+    model: Any,
+    contender: Contender,
+    inputs: Mapping[str, Any],
+    dense: DenseAnswers,
+    prompt_only: Sequence[str],
+    first: _Listener,
+) -> _Listener:
+    """What ``contender`` thinks of every token of the dense answers; ``first`` heard its own."""
+    listener, steps = _Listener(dense, forced=True), dense.tokens.shape[1]
+    if first.copied is None:
+        cache = _empty_cache(model, contender)
+        _generate(model, contender, inputs, steps, listener, cache)
+        return listener
+    listener.found, listener.chosen = first.found[:1], first.chosen[:1]  # the prompt's: both say the same
+    if steps > 1:
+        said = dense.tokens[:, :1].to(inputs["input_ids"].device)
+
+        @contextlib.contextmanager
+        def behind_the_prompt(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+            with contender.around(model, inputs) as used:
+                ids, mask = used["input_ids"], used["attention_mask"]
+                longer = {
+                    "input_ids": torch.cat([ids, said], dim=1),
+                    "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
+                }
+                yield {name: value for name, value in used.items() if name not in prompt_only} | longer
+
+        forked = replace(contender, around=behind_the_prompt)
+        _generate(model, forked, inputs, steps - 1, listener, first.copied)
+    return listener
 
 
 class _Listener:
@@ -94,6 +141,9 @@ class _Listener:
         """int64 ``[rows]`` a step."""
         self.seconds: list[float] = []
         """From the end of one call to the beginning of the next: a decode step, without what is done here."""
+        self.to_copy: Any = None
+        """A cache of which to keep a copy as it is behind the prompt."""
+        self.copied: Any = None
         self._left = 0.0
 
     def step_seconds(self) -> float | None:
@@ -103,6 +153,8 @@ class _Listener:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.found:
             self.seconds.append(time.perf_counter() - self._left)
+        else:
+            self.copied = copy.deepcopy(self.to_copy)
         said = self._hear(scores)
         self._left = time.perf_counter()
         return said
@@ -127,7 +179,12 @@ class _Listener:
 
 
 def _generate(
-    model: Any, contender: Contender, inputs: Mapping[str, Any], max_new_tokens: int, listener: _Listener
+    model: Any,
+    contender: Contender,
+    inputs: Mapping[str, Any],
+    max_new_tokens: int,
+    listener: _Listener,
+    cache: Any = None,
 ) -> tuple[Tensor, int]:
     """New tokens int64 ``[rows, steps]`` on the CPU, and the bytes of the cache behind them."""
     from transformers import LogitsProcessorList
@@ -139,13 +196,19 @@ def _generate(
         "return_dict_in_generate": True,
         "logits_processor": LogitsProcessorList([listener]),
     }
-    if contender.cache is not None:
-        settings["past_key_values"] = contender.cache(model)
+    if cache is not None:
+        settings["past_key_values"] = cache
     with contender.around(model, inputs) as used:
         out = model.generate(**{**used, **settings})
     steps = len(listener.found)
-    cache = out.get("past_key_values")
-    return out.sequences[:, out.sequences.shape[1] - steps :].cpu(), 0 if cache is None else cache_bytes(cache)
+    used_cache = out.get("past_key_values")
+    tokens = out.sequences[:, out.sequences.shape[1] - steps :].cpu()
+    return tokens, 0 if used_cache is None else cache_bytes(used_cache)
+
+
+def _empty_cache(model: Any, contender: Contender) -> Any:
+    """``None``: `generate` makes its own."""
+    return None if contender.cache is None else contender.cache(model)
 
 
 def _rows(dense: DenseAnswers) -> list[tuple[int, int]]:

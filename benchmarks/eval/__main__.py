@@ -6,6 +6,7 @@ where it was cut off. ``--quick`` asks a few questions of one data set a task, a
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +16,9 @@ from rich.console import Console
 
 import avl_fx
 from avl_fx import Plan
+from benchmarks._report import machine
 from benchmarks.eval.contenders import ablations, contenders
-from benchmarks.eval.page import ABLATIONS, RESULTS
+from benchmarks.eval.page import ABLATIONS, MACHINE, RESULTS
 from benchmarks.eval.tasks import METRIC_OF, task_of
 from examples.petite_vlm.data import DATASETS
 from examples.petite_vlm.model import MIXTURE, load_petite_vlm
@@ -79,6 +81,7 @@ def main(
             ways = contenders(budgets, blocks, layers, compiler)
         folder = output / (f"{name}{ABLATIONS}" if ablation else name)
         report = avl_fx.evaluate(model, task, ways, output=folder, limit=limit)
+        (folder / MACHINE).write_text(json.dumps(machine(), indent=1) + "\n", encoding="utf-8")
         console.print(report.markdown(), markup=False)
     console.print(f"saved in {output}")
 

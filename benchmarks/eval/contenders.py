@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from avl_fx import Contender, Plan
 from benchmarks.eval.controls import CONTROLS, control, down_sampled, other_pictures
+from benchmarks.eval.prompts import Prompts
 from examples.petite_vlm.lazy_layers import PREFIX, random_blocks
 
 __all__ = ["ablations", "contenders", "partitioned"]
@@ -36,11 +37,12 @@ def contenders(shares: Sequence[float], blocks: Blocks, layers: int, compiler: s
     """
     # On caches that store no more than the plan needs: the bytes of the table are real.
     plan = functools.partial(Contender.of_plan, compiler=compiler, compact=True)
+    prompts = Prompts(PREFIX)
     found: dict[str, Contender] = {}
     for share in shares:
         found[f"A-VL {share:.0%}"] = plan(partitioned(share))
         for name in CONTROLS:
-            found[f"{name} {share:.0%}"] = control(name, share, PREFIX)
+            found[f"{name} {share:.0%}"] = control(name, share, prompts)
         found[f"down-sampled {share:.0%}"] = down_sampled(share)
     if blocks:
         lazy = Plan.lazy(blocks, num_layers=layers).lazy_policy

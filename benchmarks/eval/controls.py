@@ -2,7 +2,8 @@
 
 Each runs eagerly through the attention interface, like the oracle of the tests, and leaves the prompt dense: it chooses
 at the end of the prompt which keys the decode steps may read. With N visual keys and a share s, a control that tells
-images from text keeps all text and `int(s * N)` visual keys; one that does not keeps as many keys in all.
+images from text keeps all text and `int(s * N)` visual keys; one that does not keeps as many keys in all. The dense
+prompt is the same for all of them, so it is computed once for each batch (`prompts.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avl_fx import Contender
-from tests.oracle._interface import attention_weights, in_charge
+from benchmarks.eval.prompts import Attended, Prompts, stock_cache
+from tests.oracle._interface import attend, in_charge
 
 __all__ = ["CONTROLS", "control", "down_sampled", "other_pictures"]
 
@@ -33,16 +35,18 @@ class Prompt:
     """What a choice may look at."""
 
     layer: int
-    weights: Tensor
-    """Softmax rows of the prompt, float32 ``[batch, heads, queries, keys]``."""
+    attended: Attended
     visual: Tensor
     """bool ``[batch, keys]``"""
-    visible: Tensor
-    """Keys that are no padding, bool ``[batch, keys]``."""
     share: float
     seed: int
     chosen: dict[int, Tensor]
     """What earlier layers keep."""
+
+    @property
+    def visible(self) -> Tensor:
+        """Keys that are no padding, bool ``[batch, keys]``: the last query sees them."""
+        return self.attended.by_last > 0
 
     def visual_budget(self, row: int) -> int:
         return int(self.share * int(self.visual[row].sum()))
@@ -93,10 +97,9 @@ def fastv(prompt: Prompt) -> Tensor:
 
 def snap(prompt: Prompt) -> Tensor:
     """What this layer's last row looks at, never refreshed."""
-    row_scores = prompt.weights[:, :, -1].mean(1)
 
     def pick(row: int, positions: Tensor, count: int) -> Tensor:
-        return positions[row_scores[row, positions].topk(count).indices]
+        return positions[prompt.attended.by_last[row, positions].topk(count).indices]
 
     return prompt.text_and(pick)
 
@@ -115,7 +118,7 @@ def window(prompt: Prompt) -> Tensor:
 def heavy_hitters(prompt: Prompt) -> Tensor:
     """The keys that the whole prompt attended to most, images or not, and the latest half (H2O, arXiv 2306.14048)."""
     keep = torch.zeros_like(prompt.visible)
-    summed = prompt.weights.mean(1).sum(1)
+    summed = prompt.attended.by_all
     for row in range(len(keep)):
         real = prompt.visible[row].nonzero().flatten()
         budget = prompt.budget(row)
@@ -137,56 +140,51 @@ CONTROLS: dict[str, Choice] = {
 """Every choice of keys, by the name that tables use."""
 
 
-@dataclass
-class _Controlled:
-    """Attention of every decoder layer under one choice."""
+@dataclass(frozen=True)
+class Kept:
+    """Attention of every decoder layer behind a prompt, over the keys of it that were kept and all that came since."""
 
-    choice: Choice
-    visual: Tensor
-    share: float
-    seed: int
-    keep: dict[int, Tensor] = field(default_factory=dict)
+    keep: Mapping[int, Tensor]
+    """By layer, bool ``[batch, keys of the prompt]``."""
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
     ) -> Tensor:
-        if q.shape[2] > 1:
-            weights = attention_weights(q, k, mask, scale, causal)
-            visual = F.pad(self.visual, (0, k.shape[2] - self.visual.shape[1]))
-            visible = weights[:, :, -1].sum(1) > 0  # a key that the last query may not see is padding
-            prompt = Prompt(layer, weights, visual, visible, self.share, self.seed, self.keep)
-            self.keep[layer] = self.choice(prompt)
-        else:
-            keep = self.keep[layer]
-            readable = F.pad(keep, (0, k.shape[2] - keep.shape[1]), value=True)[:, None, None]
-            hidden = torch.zeros(readable.shape, dtype=q.dtype).masked_fill(~readable, torch.finfo(q.dtype).min)
-            if mask is not None:
-                if mask.dtype == torch.bool:
-                    mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-                hidden = torch.minimum(hidden, mask)
-            weights = attention_weights(q, k, hidden, scale)
-        return torch.matmul(weights.to(q.dtype), v.repeat_interleave(q.shape[1] // k.shape[1], dim=1))
+        keep = self.keep[layer]
+        if k.shape[2] == keep.shape[1]:  # the last token of the prompt, which is dense
+            return attend(q, k, v, mask, scale, causal)
+        readable = F.pad(keep, (0, k.shape[2] - keep.shape[1]), value=True)[:, None, None]
+        hidden = torch.zeros(readable.shape, dtype=q.dtype).masked_fill(~readable, torch.finfo(q.dtype).min)
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+            hidden = torch.minimum(hidden, mask)
+        return attend(q, k, v, hidden, scale)
 
 
-def control(name: str, share: float, prefix: str, seed: int = 0) -> Contender:
-    """One of `CONTROLS` as a contender, for a transformers model whose decoder layers stand at ``prefix``."""
-    around = functools.partial(_controlled, choice=CONTROLS[name], share=share, prefix=prefix, seed=seed)
+def control(name: str, share: float, prompts: Prompts, seed: int = 0) -> Contender:
+    """One of `CONTROLS` as a contender, for the model whose dense prompts these are."""
+    around = functools.partial(_controlled, choice=CONTROLS[name], share=share, prompts=prompts, seed=seed)
     return Contender(f"control {name} {share:g} {seed}", around=around, budget=share)
 
 
 @contextlib.contextmanager
 def _controlled(
-    model: nn.Module, inputs: Mapping[str, Any], *, choice: Choice, share: float, prefix: str, seed: int
+    model: nn.Module, inputs: Mapping[str, Any], *, choice: Choice, share: float, prompts: Prompts, seed: int
 ) -> Iterator[Mapping[str, Any]]:
     visual = inputs["input_ids"] == model.config.image_token_id  # type: ignore[union-attr]
-    layers = list(model.get_submodule(prefix))  # type: ignore[arg-type]
-    with in_charge(model, layers, _Controlled(choice, visual, share, seed)):
-        yield inputs
+    attended, behind = prompts.of(model, inputs)
+    keep: dict[int, Tensor] = {}
+    for layer, seen in attended.items():
+        keep[layer] = choice(Prompt(layer, seen, visual, share, seed, keep))
+    with in_charge(model, prompts.layers(model), Kept(keep)):
+        yield behind
 
 
 def down_sampled(share: float) -> Contender:
     """A smaller picture: of a square grid of patches so many fewer that at most ``share`` of its tokens are left."""
-    return Contender(f"down-sampled {share:g}", around=functools.partial(_smaller, share=share), budget=share)
+    around = functools.partial(_smaller, share=share)
+    return Contender(f"down-sampled {share:g}", around=around, cache=stock_cache, budget=share)
 
 
 @contextlib.contextmanager
@@ -205,7 +203,7 @@ def _smaller(model: nn.Module, inputs: Mapping[str, Any], *, share: float) -> It
 
 def other_pictures() -> Contender:
     """The floor: every question with the next row's picture."""
-    return Contender("other pictures", around=_rolled)
+    return Contender("other pictures", around=_rolled, cache=stock_cache)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ __all__ = ["page"]
 RESULTS = Path(__file__).parents[1] / "results" / "eval"
 ABLATIONS = "-ablations"
 """What the folder of a data set's ablations is called, behind its name."""
+MACHINE = "machine.json"
+"""What the milliseconds of a folder were measured on."""
 INTRO = """# What the methods cost in answers
 
 Written by `python -m benchmarks.eval.page` from `benchmarks/results/eval`, which `make eval` makes. The model is
@@ -25,7 +27,7 @@ Written by `python -m benchmarks.eval.page` from `benchmarks/results/eval`, whic
 Scores stand with 95% bootstrap intervals over pictures. **to dense** is the difference in points, question by question.
 **nats** is the divergence from the dense model along its own answers. **KV** is the cache in shares of the dense one's
 bytes: plans run on an `AVLCache`; controls hide keys by masks, and nothing is said of them. **ms** is the median decode
-step of a batch, on two CPU cores and without code generation, for the dense model as for everybody else.
+step of a batch without code generation, for the dense model as for everybody else.
 
 *A-VL s* keeps a share s of the visual keys and computes 0.6 s at steps that do not refresh (every third does), so it
 reads less than any control at the same s, which reads s at every step. Controls choose once, at the end of the prompt:
@@ -110,7 +112,10 @@ def _section(heading: str, report: Mapping[str, Any]) -> list[str]:
             f"| {contender} | {score['mean']:.1%} | {score['low']:.1%} to {score['high']:.1%} | {to_dense} "
             f"| {result['divergence']:.3f} | {stored} | {step} |"
         )
-    asked = f"{report['questions']} questions about {report['groups']} pictures.\n"
+    asked = f"{report['questions']} questions about {report['groups']} pictures."
+    if measured := report.get("machine"):
+        asked += f" {measured['processor']}, threads: {measured['threads']}."
+    asked += "\n"
     return [heading, asked, "\n".join(lines) + "\n"]
 
 
@@ -127,9 +132,15 @@ def main(
 
 
 def _read(results: Path, suffix: str) -> dict[str, Any]:
-    """Reports by data set, as far as there are any."""
-    files = {name: results / f"{name}{suffix}" / "evaluation.json" for name in METRIC_OF}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    """Reports by data set, as far as there are any, each with its machine."""
+    found = {}
+    for name in METRIC_OF:
+        folder = results / f"{name}{suffix}"
+        if (folder / "evaluation.json").exists():
+            found[name] = json.loads((folder / "evaluation.json").read_text())
+            if (folder / MACHINE).exists():
+                found[name]["machine"] = json.loads((folder / MACHINE).read_text())
+    return found
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from avl_fx import EvaluationBatch, EvaluationTask
+from benchmarks.eval.prompts import PROMPT_ONLY
 from examples.petite_vlm.data import DATASETS, Question
 from examples.petite_vlm.processor import PetiteProcessor
 
@@ -45,13 +46,13 @@ class _Batches(Sequence[EvaluationBatch]):
 
 
 def _spread(asked: list[Question]) -> list[int]:
-    """Places, first questions of all pictures first, then the second ones."""
-    seen: dict[int, int] = {}
-    turns = []
+    """Places, one question of every picture, then another one of each; not of the same kind for all pictures."""
+    places: dict[int, list[int]] = {}
     for place, question in enumerate(asked):
-        turn = seen.get(question.image, 0)
-        seen[question.image] = turn + 1
-        turns.append((turn, question.image, place))
+        places.setdefault(question.image, []).append(place)
+    turns = []
+    for image, own in places.items():
+        turns += [((turn - image) % len(own), image, place) for turn, place in enumerate(own)]
     return [place for _, _, place in sorted(turns)]
 
 
@@ -65,4 +66,5 @@ def task_of(name: str, processor: PetiteProcessor, images: int, batch: int = 16)
         metric=METRIC_OF[name],
         max_new_tokens=DATASETS[name].max_new_tokens,
         name=name,
+        prompt_only=PROMPT_ONLY,
     )

@@ -9,7 +9,7 @@ import torch
 
 import avl_fx
 from avl_fx import Contender, EvaluationBatch, EvaluationTask, Plan
-from avl_fx._answers import TOP, dense_answers
+from avl_fx._answers import TOP, answers, dense_answers
 from avl_fx.errors import EvaluationError, OptionError, PlanError
 from tests.oracle import lazy_oracle
 from tests.zoo import ZOO
@@ -84,6 +84,44 @@ def test_divergence_is_that_of_the_oracle_along_the_dense_answer(model, task, pr
         agreements += (q.argmax(-1) == said).double().mean(1).tolist()
     assert found.divergence == pytest.approx(sum(divergences) / 3, rel=1e-3)
     assert found.agreement == pytest.approx(sum(agreements) / 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan.avl(core=0.25, secondary=0.5, refresh=2, text=0.6),
+        Plan.lazy(BLOCKS, "vla_scores"),
+        Plan.avl(core=0.25, secondary=0.5, refresh=2).combine(Plan.lazy(BLOCKS, "vla")),
+    ],
+    ids=["avl", "vla_scores", "both"],
+)
+def test_a_second_run_may_begin_behind_the_prompt(model, prompts, plan, monkeypatch):
+    """From a copy of the cache: the same as with another prompt."""
+    way = Contender.of_plan(plan, compact=True)
+    long, rows = [], prompts[0]["input_ids"].shape[1]
+    forward = type(model.model).forward
+
+    def counted(self, *args, **kwargs):
+        long.append(kwargs["input_ids"].shape[1] == rows)
+        return forward(self, *args, **kwargs)
+
+    dense = dense_answers(model, Contender("dense"), prompts[0], NEW)
+    other = dense.tokens.roll(1, 1)  # surely not what it says: both runs are needed
+    dense = replace(dense, tokens=other)
+    found, asked = [], []
+    with way.prepare(model):
+        for prompt_only in ((), ("pixel_values",)):
+            monkeypatch.setattr(type(model.model), "forward", counted)
+            long.clear()
+            found.append(answers(model, way, prompts[0], NEW, dense, prompt_only))
+            asked.append(sum(long))
+    once, again = found[1], found[0]
+    assert torch.equal(once.tokens, again.tokens)
+    assert once.divergence == pytest.approx(again.divergence, rel=1e-4, abs=1e-6)
+    assert once.agreement == again.agreement
+    assert once.cache_bytes == again.cache_bytes
+    assert asked == [2, 1]
 
 
 def test_a_compact_cache_is_smaller(model, task):

@@ -9,12 +9,13 @@ from benchmarks.eval.controls import (
     CONTROLS,
     DENSE_LAYERS,
     SINKS,
+    Kept,
     Prompt,
-    _Controlled,
     control,
     down_sampled,
     other_pictures,
 )
+from benchmarks.eval.prompts import Attended, Prompts
 from tests.zoo import ZOO
 
 LLAVA = ZOO["llava"]
@@ -31,7 +32,8 @@ def prompt(layer: int = 3, share: float = 0.5, seed: int = 0) -> Prompt:
     visible = torch.ones(2, KEYS, dtype=torch.bool)
     visible[0, :PADDED] = False
     weights = weights * visible[:, None, None]
-    return Prompt(layer, weights / weights.sum(-1, keepdim=True).clamp_min(1e-9), visual, visible, share, seed, {})
+    weights = (weights / weights.sum(-1, keepdim=True).clamp_min(1e-9)).mean(1)
+    return Prompt(layer, Attended(weights[:, -1], weights.sum(1)), visual, share, seed, {})
 
 
 @pytest.mark.parametrize("name", [n for n in CONTROLS if n != "FastV-like"])
@@ -57,7 +59,7 @@ def test_random_differs_by_layer_row_and_seed():
 def test_no_refresh_keeps_the_best_of_the_last_row():
     seen = prompt()
     keep = CONTROLS["no refresh"](seen)
-    scores = seen.weights[0, :, -1].mean(0)
+    scores = seen.attended.by_last[0]
     kept, dropped = keep[0] & seen.visual[0], ~keep[0] & seen.visual[0]
     assert scores[kept].min() > scores[dropped].max()
 
@@ -93,7 +95,7 @@ def model():
 def test_keeping_everything_is_dense(model, name):
     inputs = LLAVA.inputs(model, batch=2)
     dense = dense_answers(model, Contender("dense"), inputs, 4)
-    found = dense_answers(model, control(name, 1.0, LLAVA.decoder_prefix), inputs, 4)
+    found = dense_answers(model, control(name, 1.0, Prompts(LLAVA.decoder_prefix)), inputs, 4)
     assert torch.equal(found.tokens, dense.tokens)
     torch.testing.assert_close(found.log_probabilities, dense.log_probabilities, atol=1e-4, rtol=1e-4)
     assert model.config.get_text_config()._attn_implementation == "sdpa"
@@ -103,25 +105,60 @@ def test_keeping_everything_is_dense(model, name):
 def test_keeping_little_is_not(model, name):
     inputs = LLAVA.inputs(model, batch=2)
     dense = dense_answers(model, Contender("dense"), inputs, 4)
-    found = dense_answers(model, control(name, 0.1, LLAVA.decoder_prefix), inputs, 4)
+    found = dense_answers(model, control(name, 0.1, Prompts(LLAVA.decoder_prefix)), inputs, 4)
     torch.testing.assert_close(found.log_probabilities[0], dense.log_probabilities[0], atol=1e-4, rtol=1e-4)
     assert (found.log_probabilities[1] - dense.log_probabilities[1]).abs().max() > 0.01, "the prompt alone is dense"
 
 
+@torch.no_grad()
+def test_a_prompt_is_computed_once(model, monkeypatch):
+    """For all controls, and not mixed up with another batch's; nobody changes what the next one begins with."""
+    inputs, others = LLAVA.inputs(model, batch=2), LLAVA.inputs(model, batch=2, first=1)
+    prompts, computed = Prompts(LLAVA.decoder_prefix), []
+    compute = prompts._computed
+    monkeypatch.setattr(prompts, "_computed", lambda *args: computed.append(1) or compute(*args))
+    first = dense_answers(model, control("strided", 0.3, prompts), inputs, 4)
+    for asked in (inputs, others):
+        for name in CONTROLS:
+            dense_answers(model, control(name, 0.1, prompts), asked, 4)
+    assert len(computed) == 2
+    again = dense_answers(model, control("strided", 0.3, prompts), inputs, 4)
+    assert torch.equal(again.tokens, first.tokens)
+    assert torch.equal(again.log_probabilities, first.log_probabilities)
+
+
+@torch.no_grad()
+def test_what_a_prompt_attended_to(model):
+    """Against the weights that transformers' own eager attention returns."""
+    eager = LLAVA.make("eager")
+    inputs = LLAVA.inputs(eager, batch=2)
+    attended, behind = Prompts(LLAVA.decoder_prefix).of(eager, inputs)
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    weights = eager(**inputs, position_ids=positions, output_attentions=True).attentions
+    real = inputs["attention_mask"].bool()
+    assert len(attended) == len(weights)
+    for layer, expected in enumerate(weights):
+        torch.testing.assert_close(attended[layer].by_last, expected.mean(1)[:, -1], atol=1e-6, rtol=1e-4)
+        assert torch.equal(attended[layer].by_last > 0, real)
+        rows = torch.where(real[:, :, None], attended[layer].by_all[:, None, :], 0)[:, -1]
+        seen = expected.mean(1).sum(1)
+        torch.testing.assert_close(rows[real.all(1)], seen[real.all(1)], atol=1e-5, rtol=1e-4)
+    assert behind["past_key_values"].get_seq_length() == inputs["input_ids"].shape[1] - 1
+    assert "pixel_values" not in behind
+
+
 def test_a_step_reads_what_is_kept_and_what_came_since():
-    """By hand: attention over the kept keys alone."""
+    """By hand: attention over the kept keys alone; the last token of the prompt reads all of them."""
     generator = torch.Generator().manual_seed(3)
-    visual = torch.zeros(1, 8, dtype=torch.bool)
-    visual[:, 2:6] = True
-    attention = _Controlled(CONTROLS["random"], visual, 0.5, 0)
-    q, k, v = (torch.randn(1, 2, 8, 4, generator=generator) for _ in range(3))
-    attention.attend(0, q, k, v, None, 0.5, True)
-    keep = attention.keep[0][0]
-    assert int(keep.sum()) == 4 + 2
-    q, more = torch.randn(1, 2, 1, 4, generator=generator), torch.randn(2, 1, 2, 2, 4, generator=generator)
+    keep = torch.tensor([[True, False, True, True, False, False, True, True]])
+    attention = Kept({0: keep})
+    q, k, v = (torch.randn(1, 2, rows, 4, generator=generator) for rows in (1, 8, 8))
+    dense = ((q @ k.mT) * 0.5).softmax(-1) @ v
+    torch.testing.assert_close(attention.attend(0, q, k, v, None, 0.5, False), dense)
+    more = torch.randn(2, 1, 2, 2, 4, generator=generator)
     key, value = torch.cat([k, more[0]], 2), torch.cat([v, more[1]], 2)
     got = attention.attend(0, q, key, value, None, 0.5, False)
-    read = torch.cat([keep, torch.ones(2, dtype=torch.bool)])
+    read = torch.cat([keep[0], torch.ones(2, dtype=torch.bool)])
     expected = ((q @ key[:, :, read].mT) * 0.5).softmax(-1) @ value[:, :, read]
     torch.testing.assert_close(got, expected)
 
