@@ -21,6 +21,7 @@ from transformers import LogitsProcessorList
 
 from avl_fx import Plan
 from benchmarks.eval.contenders import partitioned
+from benchmarks.eval.page import OVERLAYS, RESULTS
 from examples.petite_vlm.data import DATASETS
 from examples.petite_vlm.lazy_layers import PREFIX
 from examples.petite_vlm.model import MIXTURE, load_petite_vlm
@@ -130,7 +131,7 @@ def main(
     count, steps = found.core.shape[1], found.core.shape[0]
     layers = [round(i * (count - 1) / 5) for i in range(6)]
     moments = sorted({round(i * (steps - 1) / 5) for i in range(6)})
-    path = output or Path("out") / f"overlay-{dataset}.png"
+    path = output or RESULTS / OVERLAYS / f"{dataset}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(picture, question.text, found, layers, moments).savefig(path, dpi=120)
     console.print(f"{question.text} {found.answer!r} (expected {question.answer!r}); saved {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from benchmarks.eval.controls import CONTROLS
 from benchmarks.eval.tasks import METRIC_OF
+from benchmarks.eval.verdict import verdict
 from examples.petite_vlm.data import DATASETS
 
 __all__ = ["page"]
@@ -20,6 +22,8 @@ ABLATIONS = "-ablations"
 """What the folder of a data set's ablations is called, behind its name."""
 MACHINE = "machine.json"
 """What the milliseconds of a folder were measured on."""
+OVERLAYS = "overlays"
+"""Where in the folder of the results `benchmarks.eval.overlay` puts its pictures."""
 INTRO = """# What the methods cost in answers
 
 Written by `python -m benchmarks.eval.page` from `benchmarks/results/eval`, which `make eval` makes. The model is
@@ -42,6 +46,9 @@ reads less than any control at the same s, which reads s at every step. Controls
 | H2O | what the whole prompt attended to most, and the latest ones |
 | down-sampled | a smaller picture, prompt included |
 | other pictures | all keys, of another picture: what can be said without looking |
+
+kvpress is not among them: 0.5.5, the newest, needs a transformers older than 5.3. Its SnapKV is *no refresh*, but that
+it looks at the last 32 rows and not at one, and chooses for each head.
 """
 
 
@@ -85,7 +92,12 @@ HEADER = ["| | score | 95% interval | to dense | nats | KV | ms |", "|---|---:|-
 def page(found: Mapping[str, Mapping[str, Any]], ablations: Mapping[str, Mapping[str, Any]]) -> str:
     """The page, of reports by data set: all contenders, and A-VL with one setting changed at a time."""
     differences = ["| here | there | why |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in DIFFERENCES)]
-    parts = [INTRO, "## Where this is not what the papers did\n\n" + "\n".join(differences) + "\n"]
+    parts = [
+        INTRO,
+        "## What was hoped for\n",
+        verdict(found),
+        "## Where this is not what the papers did\n\n" + "\n".join(differences) + "\n",
+    ]
     for name, report in found.items():
         parts += _section(f"## {name}: {DATASETS[name].task}, {report['metric']}\n", report)
     if ablations:
@@ -116,7 +128,8 @@ def _section(heading: str, report: Mapping[str, Any]) -> list[str]:
     if measured := report.get("machine"):
         asked += f" {measured['processor']}, threads: {measured['threads']}."
     asked += "\n"
-    return [heading, asked, "\n".join(lines) + "\n"]
+    pictures = [f"![{said}]({path})\n" for said, path in report.get("pictures", {}).items()]
+    return [heading, asked, "\n".join(lines) + "\n", *pictures]
 
 
 def main(
@@ -124,22 +137,33 @@ def main(
     output: Annotated[Path, typer.Option(help="the page")] = Path("docs/results.md"),
 ) -> None:
     """Write the page."""
-    found, ablations = (_read(results, suffix) for suffix in ("", ABLATIONS))
+    found, ablations = (_read(results, suffix, output.parent) for suffix in ("", ABLATIONS))
     if not found:
         raise typer.BadParameter(f"there are no results in {results}: run make eval")
     output.write_text(page(found, ablations), encoding="utf-8")
     typer.echo(f"wrote {output}: {', '.join(found)}")
 
 
-def _read(results: Path, suffix: str) -> dict[str, Any]:
-    """Reports by data set, as far as there are any, each with its machine."""
+def _read(results: Path, suffix: str, beside: Path) -> dict[str, Any]:
+    """Reports by data set, as far as there are any, each with its machine and pictures, by paths from the page."""
     found = {}
     for name in METRIC_OF:
         folder = results / f"{name}{suffix}"
-        if (folder / "evaluation.json").exists():
-            found[name] = json.loads((folder / "evaluation.json").read_text())
-            if (folder / MACHINE).exists():
-                found[name]["machine"] = json.loads((folder / MACHINE).read_text())
+        if not (folder / "evaluation.json").exists():
+            continue
+        report = json.loads((folder / "evaluation.json").read_text())
+        if (folder / MACHINE).exists():
+            report["machine"] = json.loads((folder / MACHINE).read_text())
+        drawn = {
+            f"{name}: score over the share of the visual keys": folder / "evaluation.png",
+            f"{name}: core, secondary and minor tokens, layer by layer, and core over an answer": results
+            / OVERLAYS
+            / f"{name}{suffix}.png",
+        }
+        report["pictures"] = {
+            said: Path(os.path.relpath(path, beside)).as_posix() for said, path in drawn.items() if path.exists()
+        }
+        found[name] = report
     return found
 
 

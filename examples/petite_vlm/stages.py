@@ -12,6 +12,7 @@ import typer
 __all__ = ["draw", "questions_after"]
 
 STAGES = Path(__file__).parent / "training" / "stages.json"
+PICTURE = STAGES.with_suffix(".png")
 ADAPTER = ("all, after alignment", "words above all", "easy-VQA again")
 """The stages of questions and answers that the committed adapter went through, in this order."""
 LEARNT = ("easy_vqa", "composites", "scenes", "words", "documents", "captions")
@@ -60,7 +61,7 @@ def draw(stages: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
-def main(output: Annotated[Path, typer.Option(help="the picture to write")] = STAGES.with_suffix(".png")) -> None:
+def main(output: Annotated[Path, typer.Option(help="the picture to write")] = PICTURE) -> None:
     """Draw the stages of the committed adapter."""
     draw(questions_after(json.loads(STAGES.read_text()), ADAPTER)).savefig(output, dpi=110)
     typer.echo(f"saved {output}")

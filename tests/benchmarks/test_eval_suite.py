@@ -12,7 +12,7 @@ from benchmarks.eval import tasks
 from benchmarks.eval.contenders import CORE_OF_SECONDARY, ablations, contenders, partitioned
 from benchmarks.eval.controls import CONTROLS
 from benchmarks.eval.overlay import Choices, draw
-from benchmarks.eval.page import page
+from benchmarks.eval.page import main, page
 from examples.petite_vlm.data import DATASETS, Question
 
 BLOCKS = [(2, 9), (12, 20)]
@@ -116,3 +116,23 @@ def test_the_page_states_what_was_found():
     assert both.startswith(said)
     assert "### scenes" in both
     assert "| never refreshed | 50.0% |" in both
+
+
+def test_the_page_links_what_was_drawn(tmp_path):
+    """By paths from where the page lies; what was not drawn is not linked."""
+    interval = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    dense = {"score": interval, "difference": interval, "divergence": 0.0, "kv_share": 1.0, "step_seconds": 0.1}
+    report = {"metric": "exact", "questions": 9, "groups": 3, "results": {"dense": dense}}
+    for name in ("words", "composites"):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        (tmp_path / "results" / name / "evaluation.json").write_text(json.dumps(report))
+    (tmp_path / "results" / "words" / "evaluation.png").touch()
+    (tmp_path / "results" / "words" / "machine.json").write_text('{"processor": "abacus", "threads": 2}')
+    (tmp_path / "results" / "overlays").mkdir()
+    (tmp_path / "results" / "overlays" / "composites.png").touch()
+    (tmp_path / "docs").mkdir()
+    main(tmp_path / "results", tmp_path / "docs" / "results.md")
+    said = (tmp_path / "docs" / "results.md").read_text()
+    links = [line.rpartition("(")[2].rstrip(")") for line in said.splitlines() if line.startswith("![")]
+    assert links == ["../results/overlays/composites.png", "../results/words/evaluation.png"]
+    assert "9 questions about 3 pictures. abacus, threads: 2." in said
