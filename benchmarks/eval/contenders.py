@@ -10,7 +10,7 @@ from benchmarks.eval.controls import CONTROLS, control, down_sampled, other_pict
 from benchmarks.eval.prompts import Prompts
 from examples.petite_vlm.lazy_layers import PREFIX, random_blocks
 
-__all__ = ["ablations", "contenders", "partitioned"]
+__all__ = ["Blocks", "ablations", "contenders", "partitioned"]
 
 CORE_OF_SECONDARY = 0.6
 """A-VL computes so much of what it keeps at steps that do not refresh (0.3 of 0.5 in the paper)."""
@@ -26,12 +26,12 @@ def partitioned(share: float) -> Plan:
     return Plan.avl(core=CORE_OF_SECONDARY * share, secondary=share, refresh=3, text=None)
 
 
-def contenders(shares: Sequence[float], blocks: Blocks, layers: int, compiler: str) -> dict[str, Contender]:
+def contenders(shares: Sequence[float], blocks: Sequence[Blocks], layers: int, compiler: str) -> dict[str, Contender]:
     """By name, in the order of the table.
 
     Args:
         shares: of the visual keys, for A-VL and for the controls.
-        blocks: of lazy layers; none: lazy plans are left out.
+        blocks: of lazy layers, for each plan; those that save most come first, and are compared with random ones too.
         layers: decoder layers of the model.
         compiler: for plans.
     """
@@ -44,16 +44,17 @@ def contenders(shares: Sequence[float], blocks: Blocks, layers: int, compiler: s
         for name in CONTROLS:
             found[f"{name} {share:.0%}"] = control(name, share, prompts)
         found[f"down-sampled {share:.0%}"] = down_sampled(share)
-    if blocks:
-        lazy = Plan.lazy(blocks, num_layers=layers).lazy_policy
-        assert lazy is not None
-        count = len(lazy.lazy_layers)
+    for own in blocks:
+        policy = Plan.lazy(own, num_layers=layers).lazy_policy
+        assert policy is not None
+        lazy = f"lazy {len(policy.lazy_layers)}"
         for mode in MODES:
-            found[f"lazy {count}, {mode}"] = plan(Plan.lazy(blocks, mode, num_layers=layers))  # type: ignore[arg-type]
-        drawn = Plan.lazy(random_blocks(layers, count, seed=0), num_layers=layers)
-        found[f"lazy {count}, gla, random blocks"] = plan(drawn)
-        together = partitioned(max(shares)).combine(Plan.lazy(blocks, "vla_scores", num_layers=layers))
-        found[f"A-VL {max(shares):.0%} and lazy {count}, vla_scores"] = plan(together)
+            found[f"{lazy}, {mode}"] = plan(Plan.lazy(own, mode, num_layers=layers))  # type: ignore[arg-type]
+        if own is blocks[0]:
+            drawn = Plan.lazy(random_blocks(layers, len(policy.lazy_layers), seed=0), num_layers=layers)
+            found[f"{lazy}, gla, random blocks"] = plan(drawn)
+        together = partitioned(max(shares)).combine(Plan.lazy(own, "vla_scores", num_layers=layers))
+        found[f"A-VL {max(shares):.0%} and {lazy}, vla_scores"] = plan(together)
     found["other pictures"] = other_pictures()
     return found
 

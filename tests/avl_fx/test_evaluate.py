@@ -10,6 +10,7 @@ import torch
 import avl_fx
 from avl_fx import Contender, EvaluationBatch, EvaluationTask, Plan
 from avl_fx._answers import TOP, answers, dense_answers
+from avl_fx._evaluation_picture import series
 from avl_fx.errors import EvaluationError, OptionError, PlanError
 from tests.oracle import lazy_oracle
 from tests.zoo import ZOO
@@ -323,3 +324,13 @@ def test_an_output_that_is_a_file_is_refused(model, task, tmp_path):
     with pytest.raises(EvaluationError, match="output"):
         avl_fx.evaluate(model, task, {}, output=tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_picture_joins_what_differs_in_a_share_alone():
+    found = series(["A-VL 50%", "random 50%", "A-VL 12.5%", "lazy 6, gla", "50%", "random 10 %"])
+    assert found == {
+        "A-VL": ["A-VL 50%", "A-VL 12.5%"],
+        "random": ["random 50%", "random 10 %"],
+        "lazy 6, gla": ["lazy 6, gla"],
+        "50%": ["50%"],
+    }

@@ -19,7 +19,7 @@ BLOCKS = [(2, 9), (12, 20)]
 
 
 def test_every_control_meets_every_budget():
-    found = contenders([0.5, 0.1], BLOCKS, 30, "eager")
+    found = contenders([0.5, 0.1], [BLOCKS, BLOCKS[:1]], 30, "eager")
     assert {f"{name} {share}" for name in CONTROLS for share in ("50%", "10%")} < set(found)
     assert {"A-VL 50%", "A-VL 10%", "down-sampled 50%", "other pictures"} < set(found)
     assert [name for name in found if "lazy" in name] == [
@@ -28,6 +28,10 @@ def test_every_control_meets_every_budget():
         "lazy 15, vla_scores",
         "lazy 15, gla, random blocks",
         "A-VL 50% and lazy 15, vla_scores",
+        "lazy 7, gla",
+        "lazy 7, vla",
+        "lazy 7, vla_scores",
+        "A-VL 50% and lazy 7, vla_scores",
     ]
     assert len({way.identity for way in found.values()}) == len(found)
 
