@@ -150,9 +150,9 @@ def calibrated(
     _check_arguments(model, batches, mode, limit)
     if target.name == "kv_saving" and mode != "gla":
         raise CalibrationError(
-            f"mode {mode!r} saves no KV bytes: its lazy layers store keys of their own",
+            f"what mode {mode!r} saves depends on the prompt: its lazy layers store keys of text, and on stock caches all",
             field="kv_saving",
-            remedy="use mode 'gla', or another target",
+            remedy="use mode 'gla', or lazy_share",
         )
     parse_options(None, {"compiler": compiler})
     if report is not None:
