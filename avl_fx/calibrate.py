@@ -150,7 +150,7 @@ def calibrated(
     _check_arguments(model, batches, mode, limit)
     if target.name == "kv_saving" and mode != "gla":
         raise CalibrationError(
-            f"what mode {mode!r} saves depends on the prompt: its lazy layers store keys of text, stock caches all keys",
+            f"what mode {mode!r} saves depends on the prompt: its lazy layers store keys of text",
             field="kv_saving",
             remedy="use mode 'gla', or lazy_share",
         )
