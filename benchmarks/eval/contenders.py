@@ -16,6 +16,8 @@ CORE_OF_SECONDARY = 0.6
 """A-VL computes so much of what it keeps at steps that do not refresh (0.3 of 0.5 in the paper)."""
 NEVER = 1_000_000
 """Steps from one refresh to the next that no answer reaches."""
+WHOLE_PROMPT = 1_000_000
+"""More rows than any prompt has."""
 MODES = ("gla", "vla", "vla_scores")
 
 Blocks = Sequence[tuple[int, int]]
@@ -70,7 +72,9 @@ def ablations(share: float, blocks: Blocks, layers: int, compiler: str) -> dict[
         "secondary at every step": {"refresh": 0},
         "scored by the last 8 rows": {"scoring_window": 8},
         "scored by the last 32 rows": {"scoring_window": 32},
+        "scored by the whole prompt": {"scoring_window": WHOLE_PROMPT},
         "scores for each KV head": {"scores": "per_kv_head"},
+        "scored by the last 32 rows, for each KV head": {"scoring_window": 32, "scores": "per_kv_head"},
         "text 60%, forgetting": {"text": 0.6},
         "text 60%, H2O": {"text": 0.6, "decay": "none"},
         "text 30%, forgetting": {"text": 0.3},
