@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.eval.contenders import ROWS
 from benchmarks.eval.controls import CONTROLS
 
 __all__ = ["verdict"]
@@ -15,22 +16,22 @@ does better. *Ahead* is the difference in points to the best control of the same
 the same in nats, closer to the dense model being ahead. With so few questions a point or two means nothing: the
 sections below have the intervals.
 """
-LOST = {"A-VL 50%": "A-VL 50% ", "lazy, gla": ", gla ", "lazy, vla": ", vla ", "lazy, vla_scores": ", vla_scores "}
+LOST = {"A-VL 50%": "A-VL 50% ", f"A-VL, {ROWS} rows 50%": f"A-VL, {ROWS} rows 50% ", "lazy, gla": ", gla ", "lazy, vla": ", vla ", "lazy, vla_scores": ", vla_scores "}
 """Column -> part of the name of the contender, with a space behind it."""
-SHARES = ("30%", "10%")
+OURS = [(way, share) for share in ("30%", "10%") for way in ("A-VL", f"A-VL, {ROWS} rows")]
 RIVALS = (*CONTROLS, "down-sampled")
 
 
 def verdict(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown, of reports by data set; a cell is empty where nobody was asked."""
-    head = ["", "dense", *(f"{column}: lost" for column in LOST), *(f"A-VL {share}: ahead" for share in SHARES)]
+    head = ["", "dense", *(f"{column}: lost" for column in LOST), *(f"{way} {share}: ahead" for way, share in OURS)]
     lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     for name, report in found.items():
         results: Mapping[str, Any] = report["results"]
         dense = results["dense"]["score"]["mean"]
         cells = [name, f"{dense:.1%}"]
         cells += [_lost(results, part, dense) for part in LOST.values()]
-        cells += [_ahead(results, share) for share in SHARES]
+        cells += [_ahead(results, way, share) for way, share in OURS]
         lines.append(f"| {' | '.join(cells)} |")
     return HOPED + "\n" + "\n".join(lines) + "\n"
 
@@ -41,9 +42,9 @@ def _lost(results: Mapping[str, Any], part: str, dense: float) -> str:
     return f"{(dense - results[alone[0]]['score']['mean']) / dense:.1%}" if alone and dense else ""
 
 
-def _ahead(results: Mapping[str, Any], share: str) -> str:
+def _ahead(results: Mapping[str, Any], way: str, share: str) -> str:
     """Points to the best control of a share, and nats to the closest."""
-    ours, rivals = results.get(f"A-VL {share}"), [name for rival in RIVALS if (name := f"{rival} {share}") in results]
+    ours, rivals = results.get(f"{way} {share}"), [name for rival in RIVALS if (name := f"{rival} {share}") in results]
     if ours is None or not rivals:
         return ""
     best = max(rivals, key=lambda name: results[name]["score"]["mean"])

@@ -11,6 +11,7 @@ RESULTS = {
     "dense": result(0.8),
     "A-VL 50%": result(0.8),
     "A-VL 10%": result(0.6, 0.2),
+    "A-VL, 8 rows 10%": result(0.75, 0.05),
     "random 10%": result(0.3, 0.9),
     "strided 10%": result(0.5, 0.8),
     "FastV-like 10%": result(0.4, 0.1),
@@ -28,11 +29,12 @@ def test_every_column_is_of_the_right_contender():
     line = verdict({"words": {"results": RESULTS}}).splitlines()[-1]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:2] == ["words", "80.0%"]
-    assert cells[2:6] == ["0.0%", "50.0%", "-12.5%", "5.0%"]
-    assert cells[6] == "", "nobody was asked with 30%"
-    assert cells[7] == "+10.0 to strided (-0.1000 to FastV-like)"
+    assert cells[2:7] == ["0.0%", "", "50.0%", "-12.5%", "5.0%"]
+    assert cells[7:9] == ["", ""], "nobody was asked with 30%"
+    assert cells[9] == "+10.0 to strided (-0.1000 to FastV-like)"
+    assert cells[10] == "+25.0 to strided (+0.0500 to FastV-like)"
 
 
 def test_a_model_that_knows_nothing_loses_nothing_that_could_be_told():
     line = verdict({"captions": {"results": {name: result(0.0) for name in RESULTS}}}).splitlines()[-1]
-    assert line.startswith("| captions | 0.0% |  |  |  |  |")
+    assert line.startswith("| captions | 0.0% |  |  |  |  |  |")
