@@ -34,8 +34,9 @@ bytes: plans run on an `AVLCache`; controls hide keys by masks, and nothing is s
 step of a batch without code generation, for the dense model as for everybody else.
 
 *A-VL s* keeps a share s of the visual keys and computes 0.6 s at steps that do not refresh (every third does), so it
-reads less than any control at the same s, which reads s at every step. It scores by the last token of the prompt, as the
-paper does; *A-VL, 8 rows s* by the last eight, which all stand behind the picture here. Controls choose once, at the end of the prompt:
+reads less than any control at the same s, which reads s at every step. It scores by the last token of the prompt, as
+the paper does; *A-VL, 8 rows s* by the last eight, which all stand behind the picture here. Controls choose once, at
+the end of the prompt:
 
 | control | keeps |
 |---|---|

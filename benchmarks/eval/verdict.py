@@ -16,7 +16,13 @@ does better. *Ahead* is the difference in points to the best control of the same
 the same in nats, closer to the dense model being ahead. With so few questions a point or two means nothing: the
 sections below have the intervals.
 """
-LOST = {"A-VL 50%": "A-VL 50% ", f"A-VL, {ROWS} rows 50%": f"A-VL, {ROWS} rows 50% ", "lazy, gla": ", gla ", "lazy, vla": ", vla ", "lazy, vla_scores": ", vla_scores "}
+LOST = {
+    "A-VL 50%": "A-VL 50% ",
+    f"A-VL, {ROWS} rows 50%": f"A-VL, {ROWS} rows 50% ",
+    "lazy, gla": ", gla ",
+    "lazy, vla": ", vla ",
+    "lazy, vla_scores": ", vla_scores ",
+}
 """Column -> part of the name of the contender, with a space behind it."""
 OURS = [(way, share) for share in ("30%", "10%") for way in ("A-VL", f"A-VL, {ROWS} rows")]
 RIVALS = (*CONTROLS, "down-sampled")
