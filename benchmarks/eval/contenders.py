@@ -7,15 +7,13 @@ from collections.abc import Sequence
 
 from avl_fx import Contender, Plan
 from benchmarks.eval.controls import CONTROLS, control, down_sampled, other_pictures
-from benchmarks.eval.prompts import Prompts
+from benchmarks.eval.prompts import LATE, Prompts
 from examples.petite_vlm.lazy_layers import PREFIX, random_blocks
 
 __all__ = ["Blocks", "ablations", "contenders", "partitioned"]
 
 CORE_OF_SECONDARY = 0.6
 """A-VL computes so much of what it keeps at steps that do not refresh (0.3 of 0.5 in the paper)."""
-ROWS = 8
-"""Of the prompt that score, where it is not the last one alone: all behind the picture, in these data sets."""
 NEVER = 1_000_000
 """Steps from one refresh to the next that no answer reaches."""
 WHOLE_PROMPT = 1_000_000
@@ -49,7 +47,7 @@ def contenders(shares: Sequence[float], blocks: Sequence[Blocks], layers: int, c
     found: dict[str, Contender] = {}
     for share in shares:
         found[f"A-VL {share:.0%}"] = plan(partitioned(share))
-        found[f"A-VL, {ROWS} rows {share:.0%}"] = plan(partitioned(share, ROWS))
+        found[f"A-VL, {LATE} rows {share:.0%}"] = plan(partitioned(share, LATE))
         for name in CONTROLS:
             found[f"{name} {share:.0%}"] = control(name, share, prompts)
         found[f"down-sampled {share:.0%}"] = down_sampled(share)

@@ -62,6 +62,10 @@ class Prompt:
             keep[row, pick(row, self.visual[row].nonzero().flatten(), self.visual_budget(row))] = True
         return keep
 
+    def best(self, scores: Tensor) -> Tensor:
+        """Text, and the visual keys with the highest of these scores, ``[batch, keys]``."""
+        return self.text_and(lambda row, positions, count: positions[scores[row, positions].topk(count).indices])
+
 
 Choice = Callable[[Prompt], Tensor]
 """Keys that decode steps may read, bool ``[batch, keys]``."""
@@ -97,11 +101,12 @@ def fastv(prompt: Prompt) -> Tensor:
 
 def snap(prompt: Prompt) -> Tensor:
     """What this layer's last row looks at, never refreshed."""
+    return prompt.best(prompt.attended.by_last)
 
-    def pick(row: int, positions: Tensor, count: int) -> Tensor:
-        return positions[prompt.attended.by_last[row, positions].topk(count).indices]
 
-    return prompt.text_and(pick)
+def snap_late(prompt: Prompt) -> Tensor:
+    """What this layer's last rows look at, never refreshed (SnapKV, arXiv 2404.14469, for all heads and not pooled)."""
+    return prompt.best(prompt.attended.by_late)
 
 
 def window(prompt: Prompt) -> Tensor:
@@ -134,6 +139,7 @@ CONTROLS: dict[str, Choice] = {
     "strided": strided,
     "FastV-like": fastv,
     "no refresh": snap,
+    "SnapKV-like": snap_late,
     "window": window,
     "H2O": heavy_hitters,
 }

@@ -44,13 +44,14 @@ the end of the prompt:
 | strided | every n-th visual key |
 | FastV-like | what the last token attends to in layer 2, for all layers behind it |
 | no refresh | what the last token attends to, layer by layer |
+| SnapKV-like | what the last eight tokens attend to, layer by layer |
 | window | the first four tokens and the latest ones |
 | H2O | what the whole prompt attended to most, and the latest ones |
 | down-sampled | a smaller picture, prompt included |
 | other pictures | all keys, of another picture: what can be said without looking |
 
-kvpress is not among them: 0.5.5, the newest, needs a transformers older than 5.3. Its SnapKV is *no refresh*, but that
-it looks at the last 32 rows and not at one, and chooses for each head.
+kvpress is not among them: 0.5.5, the newest, needs a transformers older than 5.3. Its SnapKV looks at more rows, pools
+what they see, and chooses for each head.
 """
 
 

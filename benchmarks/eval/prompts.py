@@ -14,10 +14,12 @@ from transformers import DynamicCache
 
 from tests.oracle._interface import attend, attention_weights, in_charge
 
-__all__ = ["Attended", "Prompts", "stock_cache"]
+__all__ = ["LATE", "Attended", "Prompts", "stock_cache"]
 
 PROMPT_ONLY = ("pixel_values",)
 """Inputs that a step behind the prompt does without."""
+LATE = 8
+"""Rows of a prompt that are asked what they look at, where it is not one or all: those behind the picture."""
 
 
 def stock_cache(model: Any) -> DynamicCache:
@@ -31,6 +33,8 @@ class Attended:
 
     by_last: Tensor
     """By the last query; 0 for padding alone."""
+    by_late: Tensor
+    """By the last `LATE` queries, summed."""
     by_all: Tensor
     """By all queries, summed."""
 
@@ -75,5 +79,5 @@ class _Watch:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
     ) -> Tensor:
         weights = attention_weights(q, k, mask, scale, causal).mean(1)
-        self.attended[layer] = Attended(weights[:, -1].clone(), weights.sum(1))
+        self.attended[layer] = Attended(weights[:, -1].clone(), weights[:, -LATE:].sum(1), weights.sum(1))
         return attend(q, k, v, mask, scale, causal)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.eval.contenders import ROWS
 from benchmarks.eval.controls import CONTROLS
+from benchmarks.eval.prompts import LATE
 
 __all__ = ["verdict"]
 
@@ -18,13 +18,13 @@ sections below have the intervals.
 """
 LOST = {
     "A-VL 50%": "A-VL 50% ",
-    f"A-VL, {ROWS} rows 50%": f"A-VL, {ROWS} rows 50% ",
+    f"A-VL, {LATE} rows 50%": f"A-VL, {LATE} rows 50% ",
     "lazy, gla": ", gla ",
     "lazy, vla": ", vla ",
     "lazy, vla_scores": ", vla_scores ",
 }
 """Column -> part of the name of the contender, with a space behind it."""
-OURS = [(way, share) for share in ("30%", "10%") for way in ("A-VL", f"A-VL, {ROWS} rows")]
+OURS = [(way, share) for share in ("30%", "10%") for way in ("A-VL", f"A-VL, {LATE} rows")]
 RIVALS = (*CONTROLS, "down-sampled")
 
 

@@ -33,7 +33,7 @@ def prompt(layer: int = 3, share: float = 0.5, seed: int = 0) -> Prompt:
     visible[0, :PADDED] = False
     weights = weights * visible[:, None, None]
     weights = (weights / weights.sum(-1, keepdim=True).clamp_min(1e-9)).mean(1)
-    return Prompt(layer, Attended(weights[:, -1], weights.sum(1)), visual, share, seed, {})
+    return Prompt(layer, Attended(weights[:, -1], weights[:, -8:].sum(1), weights.sum(1)), visual, share, seed, {})
 
 
 @pytest.mark.parametrize("name", [n for n in CONTROLS if n != "FastV-like"])
@@ -56,10 +56,11 @@ def test_random_differs_by_layer_row_and_seed():
     assert not torch.equal(first, CONTROLS["random"](prompt(seed=1)))
 
 
-def test_no_refresh_keeps_the_best_of_the_last_row():
+@pytest.mark.parametrize(("name", "rows"), [("no refresh", "by_last"), ("SnapKV-like", "by_late")])
+def test_the_best_of_the_last_rows_are_kept(name, rows):
     seen = prompt()
-    keep = CONTROLS["no refresh"](seen)
-    scores = seen.attended.by_last[0]
+    keep = CONTROLS[name](seen)
+    scores = getattr(seen.attended, rows)[0]
     kept, dropped = keep[0] & seen.visual[0], ~keep[0] & seen.visual[0]
     assert scores[kept].min() > scores[dropped].max()
 
@@ -139,6 +140,7 @@ def test_what_a_prompt_attended_to(model):
     assert len(attended) == len(weights)
     for layer, expected in enumerate(weights):
         torch.testing.assert_close(attended[layer].by_last, expected.mean(1)[:, -1], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(attended[layer].by_late, expected.mean(1)[:, -8:].sum(1), atol=1e-5, rtol=1e-4)
         assert torch.equal(attended[layer].by_last > 0, real)
         rows = torch.where(real[:, :, None], attended[layer].by_all[:, None, :], 0)[:, -1]
         seen = expected.mean(1).sum(1)
