@@ -26,8 +26,9 @@ OVERLAYS = "overlays"
 """Where in the folder of the results `benchmarks.eval.overlay` puts its pictures."""
 INTRO = """# What the methods cost in answers
 
-Written by `python -m benchmarks.eval.page` from `benchmarks/results/eval`, which `make eval` makes. The model is
-[petite_vlm](../examples/petite_vlm/README.md); pictures are held out, answers greedy, the prompt is always dense.
+Written by `python -m benchmarks.eval.page` from `benchmarks/results/eval`, which `make eval` makes (all questions about
+100 pictures of each data set; with `--limit` so many batches of 16: the sections say how many were asked). The model
+is [petite_vlm](../examples/petite_vlm/README.md); pictures are held out, answers greedy, the prompt is always dense.
 Scores stand with 95% bootstrap intervals over pictures. **to dense** is the difference in points, question by question.
 **nats** is the divergence from the dense model along its own answers. **KV** is the cache in shares of the dense one's
 bytes: plans run on an `AVLCache`; controls hide keys by masks, and nothing is said of them. **ms** is the median decode
