@@ -147,8 +147,8 @@ class Plan(FrozenModel):
             core, secondary: shares of the visual keys, 0 < core <= secondary <= 1.
             refresh: decode steps from one refresh to the next; 0 computes the secondary set at every step.
             text: share of the text keys kept; ``None`` or 1.0 keeps all of them.
-            scoring_window: last prefill queries that score the visual keys; the paper takes one. Those behind the images
-                know what is asked for: better where that is one thing, worse where it is all (docs/results.md).
+            scoring_window: last prefill queries that score the visual keys; the paper takes one. Those behind the
+                images know what is asked for: better where that is one thing, worse where it is all (docs/results.md).
             scores: one ranking of the visual keys for all heads, or one per KV head.
             text_minimum: text keys never undercut.
             decay: how text scores age.
