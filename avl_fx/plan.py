@@ -148,7 +148,8 @@ class Plan(FrozenModel):
             refresh: decode steps from one refresh to the next; 0 computes the secondary set at every step.
             text: share of the text keys kept; ``None`` or 1.0 keeps all of them.
             scoring_window: last prefill queries that score the visual keys; the paper takes one. Those behind the
-                images know what is asked for: better where that is one thing, worse where it is all (docs/results.md).
+                images know what is asked for: better where that is one thing. Where it is all, the whole prompt (any
+                large number) is better (docs/results.md).
             scores: one ranking of the visual keys for all heads, or one per KV head.
             text_minimum: text keys never undercut.
             decay: how text scores age.
