@@ -59,8 +59,7 @@ class Answers:
 def dense_answers(model: Any, contender: Contender, inputs: Mapping[str, Any], max_new_tokens: int) -> DenseAnswers:
     """Greedy answers of the model itself."""
     listener = _Listener()
-    own = _empty_cache(model, contender)
-    tokens, cache = _generate(model, contender, inputs, max_new_tokens, listener, own)
+    tokens, cache = _generate(model, contender, inputs, max_new_tokens, listener)
     lengths, top = _lengths(model, tokens), torch.stack(listener.top)
     return DenseAnswers(tokens, lengths, top, torch.stack(listener.found), cache, listener.step_seconds())
 
@@ -78,11 +77,8 @@ def answers(
     With ``prompt_only``, inputs that steps behind the prompt do without, the second run of a contender with a cache of
     its own begins behind the prompt, from a copy of that cache.
     """
-    listener = _Listener(dense)
-    cache = _empty_cache(model, contender)
-    if prompt_only and "attention_mask" in inputs:
-        listener.to_copy = cache
-    tokens, held = _generate(model, contender, inputs, max_new_tokens, listener, cache)
+    listener = _Listener(dense, keeps_prompt=bool(prompt_only) and "attention_mask" in inputs)
+    tokens, cache = _generate(model, contender, inputs, max_new_tokens, listener)
     seconds = listener.step_seconds()
     if any(tokens[row, :length].tolist() != dense.tokens[row, :length].tolist() for row, length in _rows(dense)):
         listener = _along(model, contender, inputs, dense, prompt_only, listener)
@@ -93,7 +89,7 @@ def answers(
         agreement.append(
             sum(int(listener.chosen[step][row] == dense.tokens[row, step]) for step in range(length)) / length
         )
-    return Answers(tokens, tuple(divergence), tuple(agreement), held, seconds)
+    return Answers(tokens, tuple(divergence), tuple(agreement), cache, seconds)
 
 
 def _along(
@@ -106,9 +102,8 @@ def _along(
 ) -> _Listener:
     """What ``contender`` thinks of every token of the dense answers; ``first`` heard its own."""
     listener, steps = _Listener(dense, forced=True), dense.tokens.shape[1]
-    if first.copied is None:
-        cache = _empty_cache(model, contender)
-        _generate(model, contender, inputs, steps, listener, cache)
+    if first.prompt is None:
+        _generate(model, contender, inputs, steps, listener)
         return listener
     listener.found, listener.chosen = first.found[:1], first.chosen[:1]  # the prompt's: both say the same
     if steps > 1:
@@ -124,16 +119,16 @@ def _along(
                 }
                 yield {name: value for name, value in used.items() if name not in prompt_only} | longer
 
-        forked = replace(contender, around=behind_the_prompt)
-        _generate(model, forked, inputs, steps - 1, listener, first.copied)
+        forked = replace(contender, around=behind_the_prompt, cache=lambda _: first.prompt)
+        _generate(model, forked, inputs, steps - 1, listener)
     return listener
 
 
 class _Listener:
     """Notes what the model thinks of the next token; with ``forced`` it then says what the dense model said."""
 
-    def __init__(self, dense: DenseAnswers | None = None, forced: bool = False) -> None:
-        self.dense, self.forced = dense, forced
+    def __init__(self, dense: DenseAnswers | None = None, forced: bool = False, keeps_prompt: bool = False) -> None:
+        self.dense, self.forced, self.keeps_prompt = dense, forced, keeps_prompt
         self.top: list[Tensor] = []
         self.found: list[Tensor] = []
         """float32 ``[rows, TOP]`` a step."""
@@ -141,9 +136,10 @@ class _Listener:
         """int64 ``[rows]`` a step."""
         self.seconds: list[float] = []
         """From the end of one call to the beginning of the next: a decode step, without what is done here."""
-        self.to_copy: Any = None
-        """A cache of which to keep a copy as it is behind the prompt."""
-        self.copied: Any = None
+        self.cache: Any = None
+        """The contender's own, where it has one."""
+        self.prompt: Any = None
+        """With ``keeps_prompt``, a copy of it as it was behind the prompt."""
         self._left = 0.0
 
     def step_seconds(self) -> float | None:
@@ -153,8 +149,8 @@ class _Listener:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.found:
             self.seconds.append(time.perf_counter() - self._left)
-        else:
-            self.copied = copy.deepcopy(self.to_copy)
+        elif self.keeps_prompt:
+            self.prompt = copy.deepcopy(self.cache)
         said = self._hear(scores)
         self._left = time.perf_counter()
         return said
@@ -179,12 +175,7 @@ class _Listener:
 
 
 def _generate(
-    model: Any,
-    contender: Contender,
-    inputs: Mapping[str, Any],
-    max_new_tokens: int,
-    listener: _Listener,
-    cache: Any = None,
+    model: Any, contender: Contender, inputs: Mapping[str, Any], max_new_tokens: int, listener: _Listener
 ) -> tuple[Tensor, int]:
     """New tokens int64 ``[rows, steps]`` on the CPU, and the bytes of the cache behind them."""
     from transformers import LogitsProcessorList
@@ -196,19 +187,13 @@ def _generate(
         "return_dict_in_generate": True,
         "logits_processor": LogitsProcessorList([listener]),
     }
-    if cache is not None:
-        settings["past_key_values"] = cache
+    if contender.cache is not None:
+        settings["past_key_values"] = listener.cache = contender.cache(model)
     with contender.around(model, inputs) as used:
         out = model.generate(**{**used, **settings})
     steps = len(listener.found)
-    used_cache = out.get("past_key_values")
-    tokens = out.sequences[:, out.sequences.shape[1] - steps :].cpu()
-    return tokens, 0 if used_cache is None else cache_bytes(used_cache)
-
-
-def _empty_cache(model: Any, contender: Contender) -> Any:
-    """``None``: `generate` makes its own."""
-    return None if contender.cache is None else contender.cache(model)
+    cache = out.get("past_key_values")
+    return out.sequences[:, out.sequences.shape[1] - steps :].cpu(), 0 if cache is None else cache_bytes(cache)
 
 
 def _rows(dense: DenseAnswers) -> list[tuple[int, int]]:

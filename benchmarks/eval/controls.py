@@ -160,12 +160,11 @@ class Kept:
         if k.shape[2] == keep.shape[1]:  # the last token of the prompt, which is dense
             return attend(q, k, v, mask, scale, causal)
         readable = F.pad(keep, (0, k.shape[2] - keep.shape[1]), value=True)[:, None, None]
-        hidden = torch.zeros(readable.shape, dtype=q.dtype).masked_fill(~readable, torch.finfo(q.dtype).min)
-        if mask is not None:
-            if mask.dtype == torch.bool:
-                mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-            hidden = torch.minimum(hidden, mask)
-        return attend(q, k, v, hidden, scale)
+        if mask is None or mask.dtype == torch.bool:
+            seen = readable if mask is None else readable & mask
+        else:
+            seen = mask.masked_fill(~readable, torch.finfo(mask.dtype).min)
+        return attend(q, k, v, seen, scale)
 
 
 def control(name: str, share: float, prompts: Prompts, seed: int = 0) -> Contender:

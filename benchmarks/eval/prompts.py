@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from tests.oracle._interface import attend, attention_weights, in_charge
+from tests.oracle._interface import attention_weights, in_charge, weighted
 
 __all__ = ["LATE", "Attended", "Prompts", "stock_cache"]
 
@@ -78,6 +78,7 @@ class _Watch:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
     ) -> Tensor:
-        weights = attention_weights(q, k, mask, scale, causal).mean(1)
-        self.attended[layer] = Attended(weights[:, -1].clone(), weights[:, -LATE:].sum(1), weights.sum(1))
-        return attend(q, k, v, mask, scale, causal)
+        weights = attention_weights(q, k, mask, scale, causal)
+        rows = weights.mean(1)
+        self.attended[layer] = Attended(rows[:, -1].clone(), rows[:, -LATE:].sum(1), rows.sum(1))
+        return weighted(weights, v)

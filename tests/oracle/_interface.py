@@ -50,8 +50,12 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, c
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
     """Softmax attention, spelled out; shapes as in `attention_weights`, v [B, KV, K, D]."""
-    weights = attention_weights(q, k, mask, scale, causal).to(q.dtype)
-    return torch.matmul(weights, v.repeat_interleave(q.shape[1] // v.shape[1], dim=1))
+    return weighted(attention_weights(q, k, mask, scale, causal), v)
+
+
+def weighted(weights: Tensor, v: Tensor) -> Tensor:
+    """Values [B, KV, K, D] by softmax rows [B, H, Q, K]: [B, H, Q, D], in the dtype of the values."""
+    return torch.matmul(weights.to(v.dtype), v.repeat_interleave(weights.shape[1] // v.shape[1], dim=1))
 
 
 @contextmanager
