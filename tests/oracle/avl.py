@@ -38,7 +38,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tests.oracle._interface import attention_weights, in_charge
+from tests.oracle._interface import attention_weights, in_charge, weighted
 from tests.oracle.lazy import Blocks, LazyOracle
 
 
@@ -124,7 +124,7 @@ class AvlOracle:
             self._start(layer, weights, visible, group, state)
         else:
             weights = self._step(state, layer, q, k, mask, scale, group)
-        return torch.matmul(weights.to(q.dtype), v.repeat_interleave(group, dim=1))
+        return weighted(weights, v)
 
     def _weights(
         self, layer: int, q: Tensor, k: Tensor, mask: Tensor | None, scale: float, causal: bool = False

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tests.oracle._interface import in_charge, logits_of, softmax_rows
+from tests.oracle._interface import in_charge, logits_of, softmax_rows, weighted
 
 Blocks = Sequence[tuple[int, int]]
 
@@ -99,8 +99,7 @@ class LazyOracle:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
     ) -> Tensor:
-        weights = self.weights(layer, q, k, mask, scale, causal).to(q.dtype)
-        return torch.matmul(weights, v.repeat_interleave(q.shape[1] // v.shape[1], dim=1))
+        return weighted(self.weights(layer, q, k, mask, scale, causal), v)
 
 
 @contextmanager
