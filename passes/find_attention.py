@@ -117,7 +117,7 @@ def _canonicalise(
 
     ``first`` is where the model starts to read query, key and mask; the canonical node reads them all at ``anchor``.
     """
-    refusal = _check_shapes(anchor, query, key, value, mask, grouped)
+    refusal = _check_shapes(site, anchor, query, key, value, mask, grouped)
     if refusal is not None:
         describe_site(site, anchor, query, key, value, ctx)
         result.refuse(site, *refusal)
@@ -136,6 +136,11 @@ def _canonicalise(
     if shape(plain_key)[1] == shape(plain_value)[1]:  # type: ignore[index]
         site.unrepeated = plain_key is not key
         key, value = plain_key, plain_value
+    computed = _autocast_dtype(site, anchor, query, key, value)
+    if computed is not None:
+        query, key, value = (
+            x if fake(x).dtype == computed else insert_call(anchor, "to", x, computed) for x in (query, key, value)
+        )
     describe_site(site, anchor, query, key, value, ctx)
     if heads % site.kv_heads:
         result.refuse(site, Reason.HEADS, f"{heads} query heads over {site.kv_heads} key heads")
@@ -160,8 +165,21 @@ def _first_copy(node: fx.Node, plain: fx.Node) -> fx.Node:
     return node
 
 
+def _autocast_dtype(site: Site, anchor: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node) -> torch.dtype | None:
+    """What autocast computes a call of SDPA in: it casts what the call is given. ``None``: there is nothing to cast.
+
+    The operator itself wants one dtype and returns it, so that another dtype of the result tells. Of a softmax between
+    products nothing does: the model may have asked for each dtype itself.
+    """
+    given = {fake(x).dtype for x in (query, key, value)}
+    result: torch.dtype = fake(anchor).dtype
+    half = (torch.float16, torch.bfloat16)
+    autocast = site.style == "sdpa" and result in half and given <= {torch.float32, *half} and given != {result}
+    return result if autocast else None
+
+
 def _check_shapes(
-    anchor: fx.Node, query: Any, key: Any, value: Any, mask: Any, grouped: bool
+    site: Site, anchor: fx.Node, query: Any, key: Any, value: Any, mask: Any, grouped: bool
 ) -> tuple[Reason, str] | None:
     shapes = [shape(x) for x in (query, key, value)]
     if any(s is None or len(s) != 4 for s in shapes):
@@ -174,9 +192,8 @@ def _check_shapes(
     # One key head is broadcast to all query heads, grouped or not.
     if kh != vh or (not grouped and kh not in (1, qh)):
         return Reason.HEADS, f"{qh}, {kh}, {vh}"
-    # Autocast gives the result another dtype than the operands have.
     dtypes = [fake(x).dtype for x in (query, key, value, anchor)]
-    if len(set(dtypes)) != 1:
+    if len(set(dtypes)) != 1 and _autocast_dtype(site, anchor, query, key, value) is None:
         return Reason.DTYPE, ", ".join(map(str, dtypes))
     if mask is not None:
         mask_value = fake(mask)

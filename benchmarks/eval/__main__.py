@@ -21,7 +21,9 @@ from benchmarks.eval.contenders import Blocks, ablations, contenders
 from benchmarks.eval.page import ABLATIONS, MACHINE, RESULTS
 from benchmarks.eval.tasks import METRIC_OF, task_of
 from examples.petite_vlm.data import DATASETS
-from examples.petite_vlm.model import MIXTURE, load_petite_vlm
+from examples.petite_vlm.mixture_plans import training_prompts
+from examples.petite_vlm.model import LAZY, MIXTURE, load_petite_vlm
+from examples.petite_vlm.processor import PetiteProcessor
 
 console = Console()
 SHARES = (0.5, 0.3, 0.1)
@@ -32,17 +34,11 @@ QUICK = ("composites", "scenes", "words")
 QUICK_BATCH = 8
 
 
-def calibrated_blocks(model: torch.nn.Module, processor: object, name: str, images: int) -> list[Blocks]:
+def calibrated_blocks(model: torch.nn.Module, processor: PetiteProcessor, name: str, images: int) -> list[Blocks]:
     """Blocks that save so much of the KV bytes each, found on training pictures of a data set; none of no pictures."""
     if not images:
         return []
-    dataset, batch = DATASETS[name], 8
-    batches = []
-    for start in range(0, images, batch):
-        chosen = range(start, min(start + batch, images))
-        pictures = [dataset.picture("train", image) for image in chosen]
-        asked = [dataset.questions("train", image)[0].text for image in chosen]
-        batches.append(processor.prepare(pictures, asked))  # type: ignore[attr-defined]
+    batches = list(training_prompts(processor, name, images))
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for saving in SAVINGS:  # the model is watched once: the state has all that the next one needs
@@ -60,6 +56,12 @@ def main(
     images: Annotated[int, typer.Option(help="held-out pictures of each data set", min=2)] = 100,
     calibration: Annotated[int, typer.Option(help="training pictures to calibrate on; 0: no lazy plans")] = 48,
     adapter: Annotated[Path, typer.Option(help="the adapter file")] = MIXTURE,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(
+            help="an adapter that was trained under lazy plans; default: the one that goes on from the committed one"
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=2)] = 16,
     compiler: str = "eager",
     ablation: Annotated[bool, typer.Option("--ablations", help="A-VL, a setting at a time")] = False,
@@ -76,6 +78,8 @@ def main(
     torch.manual_seed(0)
     model, processor = load_petite_vlm(adapter)
     layers: int = model.config.get_text_config().num_hidden_layers
+    if tuned is None and adapter == MIXTURE and not quick:
+        tuned = LAZY
     budgets = shares or ((0.3,) if quick else SHARES)
     if quick:
         datasets, limit, calibration, batch = datasets or list(QUICK), 1, 0, min(batch, QUICK_BATCH)
@@ -85,7 +89,7 @@ def main(
         if ablation:
             ways = ablations(budgets[0], blocks[-1] if blocks else (), layers, compiler)
         else:
-            ways = contenders(budgets, blocks, layers, compiler)
+            ways = contenders(budgets, blocks, layers, compiler, tuned)
         folder = output / (f"{name}{ABLATIONS}" if ablation else name)
         report = avl_fx.evaluate(model, task, ways, output=folder, limit=limit)
         (folder / MACHINE).write_text(json.dumps(machine(), indent=1) + "\n", encoding="utf-8")

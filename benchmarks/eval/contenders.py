@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from avl_fx import Contender, Plan
 from benchmarks.eval.controls import CONTROLS, control, down_sampled, other_pictures
-from benchmarks.eval.prompts import LATE, Prompts
+from benchmarks.eval.prompts import LATE, Prompts, stock_cache
+from benchmarks.eval.tuned import plans_of, with_weights_of
 from examples.petite_vlm.lazy_layers import PREFIX, random_blocks
 
 __all__ = ["Blocks", "ablations", "contenders", "partitioned"]
@@ -32,7 +35,9 @@ def partitioned(share: float, rows: int = 1) -> Plan:
     return Plan.avl(core=core, secondary=share, refresh=3, text=None, scoring_window=rows)
 
 
-def contenders(shares: Sequence[float], blocks: Sequence[Blocks], layers: int, compiler: str) -> dict[str, Contender]:
+def contenders(
+    shares: Sequence[float], blocks: Sequence[Blocks], layers: int, compiler: str, tuned: Path | None = None
+) -> dict[str, Contender]:
     """By name, in the order of the table.
 
     Args:
@@ -40,6 +45,7 @@ def contenders(shares: Sequence[float], blocks: Sequence[Blocks], layers: int, c
         blocks: of lazy layers, for each plan; those that save most come first, and are compared with random ones too.
         layers: decoder layers of the model.
         compiler: for plans.
+        tuned: an adapter that was trained under lazy plans.
     """
     # On caches that store no more than the plan needs: the bytes of the table are real.
     plan = functools.partial(Contender.of_plan, compiler=compiler, compact=True)
@@ -62,8 +68,27 @@ def contenders(shares: Sequence[float], blocks: Sequence[Blocks], layers: int, c
             found[f"{lazy}, gla, random blocks"] = plan(drawn)
         together = partitioned(max(shares)).combine(Plan.lazy(own, "vla_scores", num_layers=layers))
         found[f"A-VL {max(shares):.0%} and {lazy}, vla_scores"] = plan(together)
+    if tuned is not None:
+        found |= _tuned(tuned, max(shares), compiler)
     found["other pictures"] = other_pictures()
     return found
+
+
+def _tuned(adapter: Path, share: float, compiler: str) -> dict[str, Contender]:
+    """The weights that were trained under lazy plans: under each of these, with A-VL on top, dense, and not looking."""
+    found = {"tuned, dense": Contender("dense again", cache=stock_cache)}
+    for number, plan in enumerate(plans_of(adapter)):
+        policy = plan.lazy_policy
+        assert policy is not None
+        name = f"tuned lazy {len(policy.lazy_layers)}, {policy.mode}"
+        found[name] = lazy = Contender.of_plan(plan, compiler=compiler, compact=True)
+        together = partitioned(share).combine(plan)
+        found[f"A-VL {share:.0%} and {name}"] = Contender.of_plan(together, compiler=compiler, compact=True)
+        if not number:
+            floor = other_pictures()
+            identity = f"{lazy.identity} {floor.identity}"
+            found[f"{name}, other pictures"] = replace(lazy, identity=identity, around=floor.around)
+    return {name: with_weights_of(adapter, contender) for name, contender in found.items()}
 
 
 def ablations(share: float, blocks: Blocks, layers: int, compiler: str) -> dict[str, Contender]:

@@ -51,6 +51,9 @@ the end of the prompt:
 | down-sampled | a smaller picture, prompt included |
 | other pictures | all keys, of another picture: what can be said without looking |
 
+*lazy n* has n lazy layers of 30. *tuned lazy n* has the weights of `adapter/lazy_35.safetensors`, which were trained
+under such plans; it too is compared with the dense model as it was. *tuned, dense* are these weights without a plan.
+
 kvpress is not among them: 0.5.5, the newest, needs a transformers older than 5.3. Its SnapKV looks at more rows, pools
 what they see, and chooses for each head.
 """
@@ -83,10 +86,10 @@ DIFFERENCES = (
         "A budget can be compared; `calibrate` knows the threshold too",
     ),
     (
-        "No layer was trained to be lazy",
-        "Q Cache tunes with lazy layers in place",
-        "What a plan costs a model that is served as it is; "
-        "[tuning](../examples/petite_vlm/README.md#lazy-layers) wins it back",
+        "*lazy* runs a model that was not trained to be lazy; *tuned lazy* one that was, under the three plans in turn",
+        "Q Cache tunes with lazy layers in place, for one of them",
+        "What a plan costs a model that is served as it is, and what "
+        "[little training](../examples/petite_vlm/README.md#trained-to-be-lazy) wins back",
     ),
 )
 """Here, there, why."""

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+from avl_fx import modality_ids
+
 from .data import Question
 from .processor import PetiteProcessor
 
@@ -104,12 +106,15 @@ def packed_logits(
     image = model.model.multi_modal_projector(features)
     prefix = embed(batch.prefix).expand(rows, -1, -1)
     prefix = prefix.masked_scatter((batch.prefix == image_token_id)[None, :, None], image.to(prefix.dtype))
-    hidden = model.model.language_model(
-        inputs_embeds=torch.cat([prefix, embed(batch.tail)], dim=1),
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
-        use_cache=False,
-    ).last_hidden_state
+    visual = torch.zeros_like(batch.positions, dtype=torch.bool)
+    visual[:, : len(batch.prefix)] = batch.prefix == image_token_id
+    with modality_ids(visual):  # the decoder is called directly, and a plan may ask
+        hidden = model.model.language_model(
+            inputs_embeds=torch.cat([prefix, embed(batch.tail)], dim=1),
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            use_cache=False,
+        ).last_hidden_state
     return model.lm_head(hidden[batch.at[:, 0], batch.at[:, 1]])
 
 

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import LlavaForConditionalGeneration
 
+from avl_fx import Plan
+
 from .data import by_image, easy_vqa_dir, load_questions
 from .features import image_features
 from .model import FEATURE_LAYERS, load_petite_vlm, read_adapter, trained_at
@@ -42,13 +44,13 @@ def epochs(model: LlavaForConditionalGeneration, processor: PetiteProcessor, rec
 class HeldOut:
     """Test pictures of every data set that is trained on, looked at now and then."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, mixture: Mixture, images: int) -> None:
-        self.model, self.mixture = model, mixture
+    def __init__(self, mixture: Mixture, images: int) -> None:
+        self.mixture = mixture
         self.rows = {name: [mixture.row(name, image)[1] for image in range(images)] for name in mixture.weights}
         # Pictures do not change: they are encoded once.
         self.features = {name: mixture.features([(name, i) for i in range(images)]).half() for name in mixture.weights}
 
-    def point(self, shuffled: bool) -> dict[str, float]:
+    def point(self, model: LlavaForConditionalGeneration, shuffled: bool) -> dict[str, float]:
         """By data set, the share of questions answered and of answer tokens; and answered with other pictures."""
         found: dict[str, float] = {}
         for name, rows in self.rows.items():
@@ -58,9 +60,15 @@ class HeldOut:
                     numbers = [(row[0].question.image + shift) % len(self.features[name]) for row in some]
                     return self.features[name][numbers].float()
 
-                hits, tokens = teacher_forced_accuracy(self.model, rows, seen, self.mixture.prefix, rows_at_once=4)
+                hits, tokens = teacher_forced_accuracy(model, rows, seen, self.mixture.prefix, rows_at_once=4)
                 found |= {f"{name} shuffled": hits} if control else {name: hits, f"{name} tokens": tokens}
         return found
+
+
+def _named_for(plan: str) -> str:
+    """How curves call what was answered under a plan (JSON)."""
+    policy = Plan.from_json(plan).lazy_policy if plan else None
+    return f", {policy.mode}" if policy is not None else ""
 
 
 def plot(trainer: Trainer, path: Path) -> None:
@@ -68,7 +76,7 @@ def plot(trainer: Trainer, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     steps = [p["step"] for p in trainer.curve]
     left.semilogy(steps, [p["loss"] for p in trainer.curve], lw=0.8)
     left.set(xlabel="step", ylabel="loss on answer tokens")
@@ -83,7 +91,7 @@ def plot(trainer: Trainer, path: Path) -> None:
         right.plot([e["step"] for e in control], shown, "s--", ms=3, lw=0.8, color=line.get_color())
     right.set(xlabel="step", ylabel="held-out questions answered", ylim=(0, 1.02), title="dashed: pictures shuffled")
     if names:
-        right.legend(fontsize=8)
+        right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -93,6 +101,9 @@ def main(
     data: Annotated[str, typer.Option(help="data sets and weights, as composites:3,words:2")] = Recipe.data,
     image_size: Annotated[int, typer.Option(help="pixels, a multiple of 14")] = Recipe.image_size,
     start: Annotated[Path | None, typer.Option(help="an adapter of the same rank to go on from")] = None,
+    plans: Annotated[
+        list[Path] | None, typer.Option("--plan", help="train under this plan; under several, each step in turn")
+    ] = None,
     steps: int = Recipe.steps,
     images_per_step: int = Recipe.images_per_step,
     questions_per_image: int = Recipe.questions_per_image,
@@ -132,6 +143,7 @@ def main(
         precision=precision,  # type: ignore[arg-type]
         start=sha256_of(start) if start is not None else "",
         feature_layers=seen,
+        plans=tuple(Plan.from_json(path).to_json() for path in plans or ()),
     )
     if precision not in get_args(Precision):
         raise typer.BadParameter(f"precision is float32 or bfloat16, not {precision!r}")
@@ -141,7 +153,7 @@ def main(
     mixture = Mixture(model, processor, weights, images_per_step, questions_per_image, seed)
     source: Source = epochs(model, processor, recipe) if list(weights) == ["easy_vqa"] else mixture
     tested = Mixture(model, processor, weights, images_per_step, questions_per_image, seed, split="test")
-    held_out = HeldOut(model, tested, eval_images)
+    held_out = HeldOut(tested, eval_images)
     tensors = None if start is None else read_adapter(start)[0]
     trainer = Trainer(model, recipe, source, workers, tensors)
     checkpoint = out / "checkpoint.pt"
@@ -150,7 +162,11 @@ def main(
         console.print(f"resumed at step {trainer.step}")
 
     def evaluate() -> None:
-        point = {"step": float(trainer.step), **held_out.point(shuffled=trainer.step == steps)}
+        point = {"step": float(trainer.step)}
+        for student, text in zip(trainer.students, recipe.plans or ("",), strict=True):
+            for key, value in held_out.point(student, shuffled=trainer.step == steps).items():
+                name, _, what = key.partition(" ")
+                point[f"{name}{_named_for(text)} {what}".strip()] = value
         trainer.evaluations.append(point)
         console.print({key: round(value, 3) for key, value in point.items()})
 

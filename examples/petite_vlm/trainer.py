@@ -17,10 +17,13 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+from avl_fx import Plan
+
 from .lora import LoRALinear, add_lora
 from .model import FEATURE_LAYERS
 from .packing import Encoded, loss_and_hits, pack, packed_logits
 from .sources import Source
+from .under_plans import allow_graphs, under_plans
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -46,6 +49,7 @@ class Recipe:
     start: str = ""  # sha256 of the adapter that this one goes on from
     feature_layers: tuple[int, ...] = FEATURE_LAYERS  # of the vision encoder
     precision: Precision = "float32"  # of products; bfloat16 is for GPUs, and CPUs that multiply it (avx512_bf16, AMX)
+    plans: tuple[str, ...] = ()  # as JSON: the steps are done under each in turn
 
     def rate(self, step: int) -> float:
         """Factor on the learning rates at a step: linear warm-up, a slow cosine, a linear end."""
@@ -71,6 +75,11 @@ def init_projector(projector: nn.Module, features: torch.Tensor, target_std: flo
         second.bias.zero_()
 
 
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    allow_graphs()
+
+
 class Trainer:
     """Trains `model` in place on the rows of a `Source`."""
 
@@ -92,7 +101,7 @@ class Trainer:
         self.workers = min(workers, recipe.images_per_step)
         self.pool: ThreadPoolExecutor | None = None
         if self.workers > 1:
-            self.pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
+            self.pool = ThreadPoolExecutor(self.workers, initializer=_start_worker)
         self.model, self.recipe, self.source = model, recipe, source
         self.image_token_id = model.config.image_token_id
         self.step = 0
@@ -106,6 +115,8 @@ class Trainer:
         self.adapters: dict[str, LoRALinear] = add_lora(model.model.language_model, recipe.rank, recipe.lora_scale)
         if start is not None:
             self._go_on_from(start)
+        self.students = under_plans(model, [Plan.from_json(text) for text in recipe.plans]) or (model,)
+        """The model under each plan of the recipe; as it is where there is none."""
         lora = [p for adapter in self.adapters.values() for p in (adapter.A, adapter.B)]
         self.optimizer = torch.optim.AdamW(
             [
@@ -126,7 +137,8 @@ class Trainer:
         features = self.source.features_of(rows).to(self.model.device)
         half = self.recipe.precision == "bfloat16"
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
-            logits = packed_logits(self.model, batch, features, self.image_token_id)
+            student = self.students[self.step % len(self.students)]
+            logits = packed_logits(student, batch, features, self.image_token_id)
         loss, hits = loss_and_hits(logits, batch)
         total = loss * len(batch.targets)
         return total.item(), hits, len(batch.targets), self._gradients(total)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from avl_fx import Contender, Plan
 from benchmarks.eval import tasks
 from benchmarks.eval.contenders import CORE_OF_SECONDARY, ablations, contenders, partitioned
 from benchmarks.eval.controls import CONTROLS
 from benchmarks.eval.overlay import Choices, draw
 from benchmarks.eval.page import main, page
+from benchmarks.eval.tuned import plans_of, with_weights_of
 from examples.petite_vlm.data import DATASETS, Question
 
 BLOCKS = [(2, 9), (12, 20)]
@@ -35,6 +39,51 @@ def test_every_control_meets_every_budget():
         "A-VL 50% and lazy 7, vla_scores",
     ]
     assert len({way.identity for way in found.values()}) == len(found)
+
+
+def test_who_was_trained_under_plans_takes_part_under_each(tmp_path):
+    plans = [Plan.lazy(BLOCKS, mode, num_layers=30) for mode in ("gla", "vla_scores", "gla")]
+    adapter = adapter_of(tmp_path, plans)
+    assert [plan.lazy_policy.mode for plan in plans_of(adapter)] == ["gla", "vla_scores"], "each once"
+    found = contenders([0.5, 0.1], [], 30, "eager", adapter)
+    assert [name for name in found if "tuned" in name] == [
+        "tuned, dense",
+        "tuned lazy 15, gla",
+        "A-VL 50% and tuned lazy 15, gla",
+        "tuned lazy 15, gla, other pictures",
+        "tuned lazy 15, vla_scores",
+        "A-VL 50% and tuned lazy 15, vla_scores",
+    ]
+    both = [*found.values(), *contenders([0.3], [BLOCKS], 30, "eager").values()]
+    assert len({way.identity for way in both}) == len(both) - 1, "nobody is taken for who has the model's own weights"
+
+
+def test_other_weights_are_put_back(tmp_path, monkeypatch):
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        other.bias.copy_(model.bias)
+    before, seen = {name: value.clone() for name, value in model.state_dict().items()}, []
+    monkeypatch.setattr("benchmarks.eval.tuned.load_petite_vlm", lambda adapter: (other, None))
+
+    @contextlib.contextmanager
+    def breaks(model):
+        seen.append(model.weight.clone())
+        raise RuntimeError("stop")
+        yield
+
+    way = with_weights_of(adapter_of(tmp_path, []), Contender("inner", prepare=breaks))
+    with pytest.raises(RuntimeError, match="stop"), way.prepare(model):
+        pass
+    assert torch.equal(seen[0], other.weight)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert way.identity != "inner"
+
+
+def adapter_of(folder, plans):
+    path = folder / "adapter.safetensors"
+    recipe = json.dumps({"plans": [plan.to_json() for plan in plans]})
+    save_file({"nothing": torch.zeros(1)}, path, metadata={"recipe": recipe})
+    return path
 
 
 def test_without_blocks_nothing_is_lazy():

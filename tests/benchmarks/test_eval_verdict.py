@@ -21,6 +21,10 @@ RESULTS = {
     "lazy 15, gla": result(0.4),
     "lazy 15, vla": result(0.9),
     "lazy 15, vla_scores": result(0.76),
+    "tuned, dense": result(0.9),
+    "tuned lazy 15, gla, other pictures": result(0.0),
+    "tuned lazy 15, gla": result(0.78),
+    "A-VL 50% and tuned lazy 15, gla": result(0.3),
     "other pictures": result(0.99, 0.0),
 }
 
@@ -30,11 +34,12 @@ def test_every_column_is_of_the_right_contender():
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:2] == ["words", "80.0%"]
     assert cells[2:7] == ["0.0%", "", "50.0%", "-12.5%", "5.0%"]
-    assert cells[7:9] == ["", ""], "nobody was asked with 30%"
-    assert cells[9] == "+10.0 to strided (-0.1000 to FastV-like)"
-    assert cells[10] == "+25.0 to strided (+0.0500 to FastV-like)"
+    assert cells[7:10] == ["2.5%", "", ""]
+    assert cells[10:12] == ["", ""], "nobody was asked with 30%"
+    assert cells[12] == "+10.0 to strided (-0.1000 to FastV-like)"
+    assert cells[13] == "+25.0 to strided (+0.0500 to FastV-like)"
 
 
 def test_a_model_that_knows_nothing_loses_nothing_that_could_be_told():
     line = verdict({"captions": {"results": {name: result(0.0) for name in RESULTS}}}).splitlines()[-1]
-    assert line.startswith("| captions | 0.0% |  |  |  |  |  |")
+    assert line.startswith("| captions | 0.0% |  |  |  |  |  |  |  |  |")

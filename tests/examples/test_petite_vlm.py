@@ -6,6 +6,7 @@ import json
 import re
 import struct
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 from transformers import Dinov2Config, LlamaConfig, LlavaForConditionalGeneration
 
 from avl_fx import Plan
+from benchmarks.eval.tuned import plans_of
 from examples.petite_vlm import parts
 from examples.petite_vlm.data import Question, by_image, load_questions, shuffled_partner
 from examples.petite_vlm.features import encode
@@ -35,6 +37,7 @@ from examples.petite_vlm.packing import Encoded, loss_and_hits, pack, packed_log
 from examples.petite_vlm.parts import ChecksumError, DownloadError, Part, build_once, fetch
 from examples.petite_vlm.sources import Epochs
 from examples.petite_vlm.trainer import Recipe, Trainer, teacher_forced_accuracy
+from tests.oracle import lazy_oracle
 
 FOLDER = ADAPTER.parent.parent
 IMAGE_TOKEN = 5
@@ -86,10 +89,12 @@ def tiny_features(images: int = 5) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((images, 4, 16)).astype(np.float16)
 
 
-def tiny_trainer(workers: int = 1, start: dict[str, torch.Tensor] | None = None) -> Trainer:
-    rows, questions = RECIPE.images_per_step, RECIPE.questions_per_image
-    source = Epochs(tiny_groups(), tiny_features(), PREFIX, rows, questions, RECIPE.seed)
-    return Trainer(tiny_model(), RECIPE, source, workers, start)
+def tiny_trainer(workers: int = 1, start: dict[str, torch.Tensor] | None = None, plans: Sequence[Plan] = ()) -> Trainer:
+    recipe = replace(RECIPE, plans=tuple(plan.to_json() for plan in plans))
+    source = Epochs(
+        tiny_groups(), tiny_features(), PREFIX, recipe.images_per_step, recipe.questions_per_image, recipe.seed
+    )
+    return Trainer(tiny_model(), recipe, source, workers, start)
 
 
 # ---------------------------------------------------------------------------------------------- training arithmetic
@@ -162,6 +167,34 @@ def test_two_workers_compute_the_same_step():
         assert one.train_step()["loss"] == pytest.approx(two.train_step()["loss"], rel=1e-4)
     for name, value in one.adapter_tensors().items():
         torch.testing.assert_close(value, two.adapter_tensors()[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_steps_take_turns_under_the_plans(workers: int):
+    """Each step is the one that autograd makes through the eager oracle of its mode; they train one set of weights."""
+    blocks, modes = [(0, 1)], ("gla", "vla", "vla_scores")
+    planned = tiny_trainer(workers, plans=[Plan.lazy(blocks, mode) for mode in modes])
+    obvious, dense = tiny_trainer(), tiny_trainer()
+    visual = torch.zeros(RECIPE.images_per_step, 64, dtype=torch.bool)
+    visual[:, : len(PREFIX)] = torch.tensor(PREFIX) == IMAGE_TOKEN
+    for mode in (*modes, modes[0]):
+        with lazy_oracle(obvious.model, blocks, mode=mode, visual=visual):
+            expected = obvious.train_step()["loss"]
+        assert planned.train_step()["loss"] == pytest.approx(expected, rel=1e-3), mode
+        assert dense.train_step()["loss"] != pytest.approx(expected, rel=1e-2), "a plan that changes nothing"
+    for name, value in obvious.adapter_tensors().items():
+        torch.testing.assert_close(planned.adapter_tensors()[name], value, atol=2e-3, rtol=1e-2)
+
+
+def test_the_recipe_remembers_its_plans(tmp_path: Path):
+    plan = Plan.lazy([(0, 1)])
+    trainer = tiny_trainer(plans=[plan, plan])
+    trainer.export(tmp_path / "adapter.safetensors")
+    assert plans_of(tmp_path / "adapter.safetensors") == [plan]
+    trainer.save(tmp_path / "checkpoint.pt")
+    tiny_trainer(plans=[plan, plan]).resume(tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="another recipe"):
+        tiny_trainer().resume(tmp_path / "checkpoint.pt")
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():

@@ -29,6 +29,7 @@ class Mutation:
 
 P = "tests/passes/test_"
 FIND, NEGATIVE = f"{P}find_attention_transformers.py", f"{P}find_attention_negative.py"
+AUTOCAST = f"{P}find_attention_autocast.py"
 SPELLINGS, UNREPEAT, SHARE = f"{P}find_attention_properties.py", f"{P}unrepeat.py", f"{P}share_queries.py"
 LOCATE, LOWER, VERIFY, REWRITE, NODES = (
     f"{P}{n}.py" for n in ("locate_modalities", "lower", "verify", "rewrite", "nodes")
@@ -95,6 +96,18 @@ MUTATIONS: list[Mutation] = [
             "for x in (query, key, value, anchor)]",
             "for x in (query, key, value)]",
             f"{NEGATIVE} -k 'autocast'",
+        ),
+        (
+            "cast nothing under autocast",
+            "if computed is not None:",
+            "if False:",
+            f"{AUTOCAST} -k 'around and float32-float32-bfloat16'",
+        ),
+        (
+            "take what a softmax was given for what autocast would cast",
+            'site.style == "sdpa" and result in half',
+            "result in half",
+            f"{AUTOCAST} -k softmax",
         ),
     ),
     *_in(

@@ -354,7 +354,7 @@ def keys_of_another_dtype(query, key, value):
 @case(Reason.DTYPE)
 def autocast_changes_the_dtype(query, key, value):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return F.scaled_dot_product_attention(query, key, value)
+        return torch.softmax(logits(query, key), dim=-1) @ value
 
 
 # ---- operands that change underway -----------------------------------------------------------------------------------
