@@ -10,8 +10,9 @@ from pathlib import Path
 from avl_fx import Contender, Plan
 from benchmarks.eval.controls import CONTROLS, control, down_sampled, other_pictures
 from benchmarks.eval.prompts import LATE, Prompts, stock_cache
-from benchmarks.eval.tuned import plans_of, with_weights_of
+from benchmarks.eval.tuned import with_weights_of
 from examples.petite_vlm.lazy_layers import PREFIX, random_blocks
+from examples.petite_vlm.model import trained_under
 
 __all__ = ["Blocks", "ablations", "contenders", "partitioned"]
 
@@ -77,7 +78,7 @@ def contenders(
 def _tuned(adapter: Path, share: float, compiler: str) -> dict[str, Contender]:
     """The weights that were trained under lazy plans: under each of these, with A-VL on top, dense, and not looking."""
     found = {"tuned, dense": Contender("dense again", cache=stock_cache)}
-    for number, plan in enumerate(plans_of(adapter)):
+    for number, plan in enumerate(trained_under(adapter)):
         policy = plan.lazy_policy
         assert policy is not None
         name = f"tuned lazy {len(policy.lazy_layers)}, {policy.mode}"

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from avl_fx import Contender, Plan
+from avl_fx import Contender
 from examples.petite_vlm.model import load_petite_vlm
 from examples.petite_vlm.parts import sha256_of
 
-__all__ = ["plans_of", "with_weights_of"]
-
-
-def plans_of(adapter: Path) -> list[Plan]:
-    """The plans that an adapter was trained under, as its recipe says; one of each where steps took turns."""
-    with safe_open(adapter, "pt") as file:
-        recipe = json.loads(file.metadata()["recipe"])
-    return [Plan.from_json(text) for text in dict.fromkeys(recipe.get("plans", ()))]
+__all__ = ["with_weights_of"]
 
 
 def with_weights_of(adapter: Path, contender: Contender) -> Contender:

@@ -2,7 +2,7 @@
 
 `python -m examples.petite_vlm.describe ADAPTER`. An answer counts when greedy decoding would give it whole: every token
 of it, the end included, is the most likely one after those before. Packed, so that all questions about a picture share
-its image tokens (`packing.py`).
+its image tokens (`packing.py`). An adapter that was trained under plans answers under each of them.
 """
 
 from __future__ import annotations
@@ -18,20 +18,26 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from safetensors import safe_open
+from transformers import LlavaForConditionalGeneration
+
+from avl_fx import Plan
 
 from .data import DATASETS
-from .model import load_petite_vlm
+from .model import load_petite_vlm, trained_under
 from .packing import loss_and_hits, pack, packed_logits
 from .parts import sha256_of
 from .sources import Mixture
+from .under_plans import in_mode, under_plans
 
 console = Console()
 Shares = dict[str, dict[str, float]]
 """By kind of question: how many there are (``questions``), and shares of them."""
 
 
-@torch.inference_mode()
-def answered(mixture: Mixture, name: str, images: int, rows_at_once: int = 4) -> Shares:
+@torch.no_grad()
+def answered(
+    model: LlavaForConditionalGeneration, mixture: Mixture, name: str, images: int, rows_at_once: int = 4
+) -> Shares:
     """By kind of question of a data set: the share answered with its own picture, and with the next one's."""
     hits: dict[str, list[list[bool]]] = defaultdict(list)
     right: dict[str, list[float]] = defaultdict(list)
@@ -42,7 +48,7 @@ def answered(mixture: Mixture, name: str, images: int, rows_at_once: int = 4) ->
         both = []
         for shift in (0, 1):
             features = mixture.features([(name, (n + shift) % images) for n in numbers])
-            logits = packed_logits(mixture.model, batch, features, mixture.model.config.image_token_id)
+            logits = packed_logits(model, batch, features, model.config.image_token_id)
             both.append(loss_and_hits(logits, batch)[1].tolist())
             if not shift:
                 tokens = (logits.argmax(-1) == batch.targets).float()
@@ -68,15 +74,18 @@ def main(
     model, processor = load_petite_vlm(adapter)
     names = data.split(",")
     mixture = Mixture(model, processor, dict.fromkeys(names, 1.0), 1, 1, 0, split="test")
-    found = {name: answered(mixture, name, images) for name in names}
+    with safe_open(adapter, "pt") as file:
+        recipe = json.loads(file.metadata()["recipe"])
+    plans = trained_under(adapter)
+    found: dict[str, Shares] = {}
+    for plan, student in zip(plans or [Plan.identity()], under_plans(model, plans) or [model], strict=True):
+        found |= {f"{name}{in_mode(plan)}": answered(student, mixture, name, images) for name in names}
     table = Table("data set", "kind", "questions", "right", "another image", "answer tokens")
     for name, kinds in found.items():
         for kind, share in kinds.items():
             shown = [f"{share[key]:.1%}" for key in ("right", "another image", "tokens")]
             table.add_row(name, kind, str(share["questions"]), *shown)
     console.print(table)
-    with safe_open(adapter, "pt") as file:
-        recipe = json.loads(file.metadata()["recipe"])
     described = {
         "sha256": sha256_of(adapter),
         "bytes": adapter.stat().st_size,

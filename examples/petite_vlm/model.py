@@ -18,6 +18,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from avl_fx import Plan
+
 from .convert import IMAGE_TOKEN, WEIGHTS, language_dir, vision_dir
 from .lora import merge_lora
 from .parts import ChecksumError, sha256_of
@@ -81,6 +83,13 @@ def trained_at(path: Path) -> tuple[int, tuple[int, ...]]:
     with safe_open(path, "pt") as file:
         recipe = json.loads(file.metadata()["recipe"])
     return int(recipe.get("image_size", TRAINED_AT)), tuple(recipe.get("feature_layers", FEATURE_LAYERS))
+
+
+def trained_under(path: Path) -> list[Plan]:
+    """The plans that an adapter was trained under; each once, where steps took turns."""
+    with safe_open(path, "pt") as file:
+        recipe = json.loads(file.metadata()["recipe"])
+    return [Plan.from_json(text) for text in dict.fromkeys(recipe.get("plans", ()))]
 
 
 def load_petite_vlm(

@@ -24,6 +24,7 @@ from .parts import sha256_of
 from .processor import PetiteProcessor
 from .sources import Epochs, Mixture, Source, parse_mixture
 from .trainer import Precision, Recipe, Trainer, teacher_forced_accuracy
+from .under_plans import in_mode
 
 console = Console()
 
@@ -63,12 +64,6 @@ class HeldOut:
                 hits, tokens = teacher_forced_accuracy(model, rows, seen, self.mixture.prefix, rows_at_once=4)
                 found |= {f"{name} shuffled": hits} if control else {name: hits, f"{name} tokens": tokens}
         return found
-
-
-def _named_for(plan: str) -> str:
-    """How curves call what was answered under a plan (JSON)."""
-    policy = Plan.from_json(plan).lazy_policy if plan else None
-    return f", {policy.mode}" if policy is not None else ""
 
 
 def plot(trainer: Trainer, path: Path) -> None:
@@ -163,10 +158,11 @@ def main(
 
     def evaluate() -> None:
         point = {"step": float(trainer.step)}
-        for student, text in zip(trainer.students, recipe.plans or ("",), strict=True):
+        under = [Plan.from_json(text) for text in recipe.plans] or [Plan.identity()]
+        for student, plan in zip(trainer.students, under, strict=True):
             for key, value in held_out.point(student, shuffled=trainer.step == steps).items():
                 name, _, what = key.partition(" ")
-                point[f"{name}{_named_for(text)} {what}".strip()] = value
+                point[f"{name}{in_mode(plan)} {what}".strip()] = value
         trainer.evaluations.append(point)
         console.print({key: round(value, 3) for key, value in point.items()})
 

@@ -36,3 +36,8 @@ def under_plans(model: M, plans: Sequence[Plan], compiler: str = "eager") -> tup
         copies.append(copy.deepcopy(model, weights))
         avl_fx.compile(copies[-1], plan, options={"compiler": compiler, "strict": True})
     return tuple(copies)
+
+
+def in_mode(plan: Plan) -> str:
+    """What tables put behind a name that stands for answers under a plan."""
+    return f", {plan.lazy_policy.mode}" if plan.lazy_policy is not None else ""

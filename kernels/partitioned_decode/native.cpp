@@ -166,6 +166,13 @@ inline void accumulate(float* out, float factor, const float* weights, const flo
   }
 }
 
+// Asks for a row that is read later. A core fetches ahead by itself where it reads on; between a tile's keys and the
+// next one's it reads values.
+template <typename T>
+inline void fetch(const T* at, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(at + i, 0, 2);
+}
+
 struct Range {
   int64_t start, length;
   bool inherited = false;  // its logits, or its keys, are another layer's
@@ -331,6 +338,7 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const Reading& re
           own[owned] = count;
           const T* key = ranges[range].inherited ? anchors + position * c.anchor_row
                                                  : keys + (position - ranges[range].missing) * c.key_row;
+          if (position + TILE < ranges[range].start + ranges[range].length) fetch(key + TILE * c.key_row, c.head_dim);
           k[owned] = row_of(key, key_rows + owned * c.head_dim, c.head_dim);
           ++owned;
         }

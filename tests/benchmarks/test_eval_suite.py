@@ -16,8 +16,9 @@ from benchmarks.eval.contenders import CORE_OF_SECONDARY, ablations, contenders,
 from benchmarks.eval.controls import CONTROLS
 from benchmarks.eval.overlay import Choices, draw
 from benchmarks.eval.page import main, page
-from benchmarks.eval.tuned import plans_of, with_weights_of
+from benchmarks.eval.tuned import with_weights_of
 from examples.petite_vlm.data import DATASETS, Question
+from examples.petite_vlm.model import trained_under
 
 BLOCKS = [(2, 9), (12, 20)]
 
@@ -44,7 +45,7 @@ def test_every_control_meets_every_budget():
 def test_who_was_trained_under_plans_takes_part_under_each(tmp_path):
     plans = [Plan.lazy(BLOCKS, mode, num_layers=30) for mode in ("gla", "vla_scores", "gla")]
     adapter = adapter_of(tmp_path, plans)
-    assert [plan.lazy_policy.mode for plan in plans_of(adapter)] == ["gla", "vla_scores"], "each once"
+    assert [plan.lazy_policy.mode for plan in trained_under(adapter)] == ["gla", "vla_scores"], "each once"
     found = contenders([0.5, 0.1], [], 30, "eager", adapter)
     assert [name for name in found if "tuned" in name] == [
         "tuned, dense",

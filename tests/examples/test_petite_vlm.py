@@ -17,7 +17,6 @@ from PIL import Image
 from transformers import Dinov2Config, LlamaConfig, LlavaForConditionalGeneration
 
 from avl_fx import Plan
-from benchmarks.eval.tuned import plans_of
 from examples.petite_vlm import parts
 from examples.petite_vlm.data import Question, by_image, load_questions, shuffled_partner
 from examples.petite_vlm.features import encode
@@ -31,6 +30,7 @@ from examples.petite_vlm.model import (
     load_petite_vlm,
     read_adapter,
     trained_at,
+    trained_under,
 )
 from examples.petite_vlm.onnx_weights import Node, read_onnx
 from examples.petite_vlm.packing import Encoded, loss_and_hits, pack, packed_logits
@@ -190,7 +190,7 @@ def test_the_recipe_remembers_its_plans(tmp_path: Path):
     plan = Plan.lazy([(0, 1)])
     trainer = tiny_trainer(plans=[plan, plan])
     trainer.export(tmp_path / "adapter.safetensors")
-    assert plans_of(tmp_path / "adapter.safetensors") == [plan]
+    assert trained_under(tmp_path / "adapter.safetensors") == [plan]
     trainer.save(tmp_path / "checkpoint.pt")
     tiny_trainer(plans=[plan, plan]).resume(tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="another recipe"):

@@ -47,6 +47,18 @@ def test_all_sizes(rows, features, wide, bias, seed):
     check(*tensors(rows, features, wide, bias, seed))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, MAX_ROWS), st.integers(1, 40), st.integers(1, 9), st.booleans())
+def test_any_number_of_threads(rows, wide, threads, bias):
+    """Each takes its part of the weight, however many rows that leaves for a stream."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(*tensors(rows, 19, wide, bias))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_leading_dimensions_and_strides():
     given, weight, bias = tensors(6, 48, 20, True)
     check(given.view(2, 3, 1, 48).squeeze(2), weight, bias)

@@ -35,7 +35,7 @@ def test_few_rows_are_taken(layers, shape):
     assert narrow(rewritten) == rewritten.result("narrow_linears").count == 2
 
 
-@pytest.mark.parametrize("shape", [(MAX_ROWS + 1, 16), (3, 4, 16)])
+@pytest.mark.parametrize("shape", [(MAX_ROWS + 1, 16), (MAX_ROWS // 4 + 1, 4, 16)])
 def test_many_rows_are_left(layers, shape):
     assert narrow(check(layers, rows(*shape))) == 0
 
