@@ -15,11 +15,13 @@ from benchmarks.eval.tasks import METRIC_OF
 from benchmarks.eval.verdict import verdict
 from examples.petite_vlm.data import DATASETS
 
-__all__ = ["page"]
+__all__ = ["page", "speeds"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "eval"
 ABLATIONS = "-ablations"
 """What the folder of a data set's ablations is called, behind its name."""
+SPEED = "-speed"
+"""What the folder of `benchmarks.eval.speed` is called, behind the data set's name."""
 MACHINE = "machine.json"
 """What the milliseconds of a folder were measured on."""
 OVERLAYS = "overlays"
@@ -96,13 +98,18 @@ DIFFERENCES = (
 HEADER = ["| | score | 95% interval | to dense | nats | KV | ms |", "|---|---:|---:|---:|---:|---:|---:|"]
 
 
-def page(found: Mapping[str, Mapping[str, Any]], ablations: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page, of reports by data set: all contenders, and A-VL with one setting changed at a time."""
+def page(
+    found: Mapping[str, Mapping[str, Any]],
+    ablations: Mapping[str, Mapping[str, Any]],
+    timed: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """The page, of reports by data set: all contenders, A-VL with one setting changed at a time, and speed."""
     differences = ["| here | there | why |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in DIFFERENCES)]
     parts = [
         INTRO,
         "## What was hoped for\n",
         verdict(found),
+        *(_speed(name, report) for name, report in (timed or {}).items()),
         "## Where this is not what the papers did\n\n" + "\n".join(differences) + "\n",
     ]
     for name, report in found.items():
@@ -112,6 +119,29 @@ def page(found: Mapping[str, Mapping[str, Any]], ablations: Mapping[str, Mapping
     for name, report in ablations.items():
         parts += _section(f"### {name}: {report['metric']}\n", report)
     return "\n".join(parts)
+
+
+def _speed(name: str, report: Mapping[str, Any]) -> str:
+    where = report["machine"]
+    said = (
+        f"One batch of {where['rows']} `{name}` through Inductor, on a machine that did nothing else "
+        f"({where['processor']}, threads: {where['threads']}); the median decode step, prompts of "
+        "256 visual tokens (`python -m benchmarks.eval.speed`). The compiled dense models answered as the eager one. "
+        "With so short prompts a step is mostly its weights; [decode.json](../benchmarks/results/decode.json) has "
+        "longer ones.\n"
+    )
+    return "## Speed\n\n" + said + "\n" + "\n".join(speeds(report)) + "\n"
+
+
+def speeds(report: Mapping[str, Any]) -> list[str]:
+    """Lines of a table: the median decode step, over that of Inductor alone, and KV bytes."""
+    results = report["results"]
+    lines, base = ["| | ms | over Inductor | KV |", "|---|---:|---:|---:|"], results["Inductor"]["step_seconds"]
+    for name, result in results.items():
+        step = result["step_seconds"]
+        shown = "eager" if name == "dense" else name
+        lines.append(f"| {shown} | {1e3 * step:.1f} | {base / step:.2f}x | {result['kv_share']:.0%} |")
+    return lines
 
 
 def _section(heading: str, report: Mapping[str, Any]) -> list[str]:
@@ -147,7 +177,7 @@ def main(
     found, ablations = (_read(results, suffix, output.parent) for suffix in ("", ABLATIONS))
     if not found:
         raise typer.BadParameter(f"there are no results in {results}: run make eval")
-    output.write_text(page(found, ablations), encoding="utf-8")
+    output.write_text(page(found, ablations, _read(results, SPEED, output.parent)), encoding="utf-8")
     typer.echo(f"wrote {output}: {', '.join(found)}")
 
 

@@ -1,4 +1,4 @@
-"""Draw how the mixture was learnt: ``python -m examples.petite_vlm.stages`` makes a picture of training/stages.json."""
+"""Draw how the adapters were learnt: ``python -m examples.petite_vlm.stages`` makes pictures of training/stages.json."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["draw", "questions_after"]
+__all__ = ["draw", "draw_modes", "questions_after"]
 
 STAGES = Path(__file__).parent / "training" / "stages.json"
-PICTURE = STAGES.with_suffix(".png")
 ADAPTER = ("all, after alignment", "words above all", "easy-VQA again")
 """The stages of questions and answers that the committed adapter went through, in this order."""
+UNDER_PLANS = "under lazy plans"
+"""The stage that made `model.LAZY` of it: its steps were done under plans of several modes in turn."""
 LEARNT = ("easy_vqa", "composites", "scenes", "words", "documents", "captions")
 
 
@@ -61,10 +62,40 @@ def draw(stages: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
-def main(output: Annotated[Path, typer.Option(help="the picture to write")] = PICTURE) -> None:
-    """Draw the stages of the committed adapter."""
-    draw(questions_after(json.loads(STAGES.read_text()), ADAPTER)).savefig(output, dpi=110)
-    typer.echo(f"saved {output}")
+def draw_modes(stage: dict[str, Any], together: int = 10) -> Any:
+    """A matplotlib figure: by mode the loss, ``together`` of its steps in one point, and answer tokens of data sets."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 3.8), layout="constrained")
+    modes: list[str] = stage["modes"]
+    loss, *panels = figure.subplots(1, 1 + len(modes))
+    for number, mode in enumerate(modes):
+        own = stage["curve"][number :: len(modes)]
+        groups = [own[start : start + together] for start in range(0, len(own), together)]
+        means = [sum(point["loss"] for point in group) / len(group) for group in groups]
+        loss.semilogy([group[-1]["step"] for group in groups], means, marker="o", markersize=3, label=mode)
+    loss.set_title(f"loss, means of {together} steps", fontsize=11)
+    loss.legend(fontsize=8)
+    for axis, mode in zip(panels, modes, strict=True):
+        for name in LEARNT:
+            asked = [(p["step"], p[f"{name}, {mode} tokens"]) for p in stage["evaluations"]]
+            axis.plot([step for step, _ in asked], [share for _, share in asked], marker="o", markersize=3, label=name)
+        axis.set_ylim(-0.02, 1.02)
+        axis.set_title(f"answer tokens, held out: {mode}", fontsize=11)
+    panels[-1].legend(fontsize=8)
+    for axis in (loss, *panels):
+        axis.set_xlabel("step (6 pictures)")
+    return figure
+
+
+def main(output: Annotated[Path, typer.Option(help="folder for the pictures")] = STAGES.parent) -> None:
+    """Draw the stages of the committed adapters."""
+    stages = json.loads(STAGES.read_text())
+    (under,) = [stage for stage in stages if stage["name"] == UNDER_PLANS]
+    pictures = {"stages.png": draw(questions_after(stages, ADAPTER)), "under_plans.png": draw_modes(under)}
+    for name, picture in pictures.items():
+        picture.savefig(output / name, dpi=110)
+        typer.echo(f"saved {output / name}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from benchmarks.eval.contenders import CORE_OF_SECONDARY, ablations, contenders,
 from benchmarks.eval.controls import CONTROLS
 from benchmarks.eval.overlay import Choices, draw
 from benchmarks.eval.page import main, page
+from benchmarks.eval.speed import everyone
 from benchmarks.eval.tuned import with_weights_of
 from examples.petite_vlm.data import DATASETS, Question
 from examples.petite_vlm.model import trained_under
@@ -171,6 +172,33 @@ def test_the_page_states_what_was_found():
     assert both.startswith(said)
     assert "### scenes" in both
     assert "| never refreshed | 50.0% |" in both
+
+
+def test_the_page_says_how_fast_a_step_is():
+    results = {
+        name: {"step_seconds": seconds, "kv_share": share}
+        for name, seconds, share in (("dense", 0.2, 1.0), ("Inductor", 0.1, 1.0), ("A-VL 30%", 0.04, 0.35))
+    }
+    timed = {"results": results, "machine": {"processor": "abacus", "threads": 2, "rows": 16}}
+    said = page({}, {}, {"scenes": timed})
+    assert "(abacus, threads: 2)" in said
+    assert "| eager | 200.0 | 0.50x | 100% |" in said
+    assert "| A-VL 30% | 40.0 | 2.50x | 35% |" in said
+    assert "## Speed" not in page({}, {})
+
+
+def test_everybody_is_timed_against_inductor():
+    plans = [Plan.lazy(BLOCKS, mode, num_layers=30) for mode in ("gla", "vla_scores")]
+    assert list(everyone(plans)) == [
+        "Inductor",
+        "identity",
+        "A-VL 50%",
+        "A-VL 30%",
+        "A-VL 10%",
+        "lazy 15, gla",
+        "A-VL 50% and lazy 15, gla",
+        "lazy 15, vla_scores",
+    ]
 
 
 def test_the_page_links_what_was_drawn(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from examples.petite_vlm.stages import ADAPTER, LEARNT, STAGES, draw, questions_after
+from examples.petite_vlm.stages import ADAPTER, LEARNT, STAGES, UNDER_PLANS, draw, draw_modes, main, questions_after
 
 
 def stage(name, steps):
@@ -37,3 +37,24 @@ def test_the_committed_stages_are_those_of_the_adapter():
     stages = questions_after(json.loads(STAGES.read_text()), ADAPTER)
     assert sum(stage["steps"] for stage in stages) == 865
     assert all(name in stages[0]["evaluations"][-1] for name in LEARNT)
+
+
+def test_turns_are_drawn_by_mode():
+    """Steps 1, 3, 5, ... are the first mode's; two of them make a point."""
+    modes, steps = ["gla", "vla"], range(1, 9)
+    asked = {f"{name}, {mode} tokens": share for name in LEARNT for mode, share in (("gla", 0.25), ("vla", 0.75))}
+    curve = [{"step": step, "loss": 1.0 if step % 2 else 2.0 * step} for step in steps]
+    stage = {"modes": modes, "curve": curve, "evaluations": [{"step": 8} | asked]}
+    loss, first, second = draw_modes(stage, together=2).axes
+    assert [line.get_label() for line in loss.lines] == modes
+    assert loss.lines[0].get_ydata().tolist() == [1.0, 1.0]
+    assert loss.lines[1].get_ydata().tolist() == [6.0, 14.0]
+    assert loss.lines[1].get_xdata().tolist() == [4, 8]
+    assert (first.lines[0].get_ydata().tolist(), second.lines[0].get_ydata().tolist()) == ([0.25], [0.75])
+
+
+def test_both_pictures_are_made(tmp_path):
+    main(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in STAGES.parent.glob("*.png")}
+    (under,) = [stage for stage in json.loads(STAGES.read_text()) if stage["name"] == UNDER_PLANS]
+    assert len(under["curve"]) == under["steps"] == 390

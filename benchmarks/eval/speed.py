@@ -1,0 +1,85 @@
+"""``python -m benchmarks.eval.speed``: decode steps of the evaluation through Inductor, on a machine that is idle.
+
+One batch of `scenes`, whose answers are longest. The dense model runs eagerly, compiled by Inductor alone, and under
+the identity plan; then come both papers' methods. A ratio is shown only if, in the same run, compiled dense models
+answer as the eager one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+import avl_fx
+from avl_fx import Contender, Plan
+from benchmarks._report import machine
+from benchmarks.eval.contenders import partitioned
+from benchmarks.eval.page import MACHINE, RESULTS, SPEED, speeds
+from benchmarks.eval.tasks import task_of
+from examples.petite_vlm.model import LAZY, MIXTURE, load_petite_vlm, trained_under
+
+console = Console()
+DATA = "scenes"
+DENSE = ("Inductor", "identity")
+"""Contenders that must answer as the dense model."""
+EXACT = 1e-4
+"""Nats: what another order of summation may make of an answer."""
+
+
+@contextlib.contextmanager
+def _inductor(model: nn.Module) -> Iterator[None]:
+    forward = model.forward
+    model.forward = torch.compile(forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.forward  # the class has its own
+        torch._dynamo.reset()
+
+
+def everyone(plans: list[Plan]) -> dict[str, Contender]:
+    """Who is timed; ``plans``: lazy ones."""
+    ways = {"identity": Plan.identity()}
+    ways |= {f"A-VL {share:.0%}": partitioned(share) for share in (0.5, 0.3, 0.1)}
+    for plan in plans:
+        policy = plan.lazy_policy
+        assert policy is not None
+        ways[f"lazy {len(policy.lazy_layers)}, {policy.mode}"] = plan
+        if policy.mode == "gla":
+            ways[f"A-VL 50% and lazy {len(policy.lazy_layers)}, gla"] = partitioned(0.5).combine(plan)
+    found = {"Inductor": Contender("Inductor alone", prepare=_inductor)}
+    return found | {
+        name: Contender.of_plan(plan, compiler="inductor", compact=not plan.is_lossless) for name, plan in ways.items()
+    }
+
+
+def main(
+    rows: Annotated[int, typer.Option(help="questions answered together", min=1)] = 16,
+    output: Annotated[Path, typer.Option(help="folder of the results")] = RESULTS,
+) -> None:
+    """Answer one batch as everyone, and save the medians of the steps."""
+    torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64
+    model, processor = load_petite_vlm(MIXTURE)
+    folder = output / f"{DATA}{SPEED}"
+    (folder / "answers.jsonl").unlink(missing_ok=True)  # timings of another run are nothing to go on from
+    avl_fx.evaluate(model, task_of(DATA, processor, rows, rows), everyone(trained_under(LAZY)), output=folder, limit=1)
+    report: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
+    wrong = [name for name in DENSE if report["results"][name]["divergence"] > EXACT]
+    (folder / MACHINE).write_text(json.dumps(machine() | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    if wrong:
+        console.print(f"[red]{', '.join(wrong)}: not the dense answers, so no ratio is worth anything")
+        raise typer.Exit(1)
+    console.print("\n".join(speeds(report)), markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
