@@ -1,4 +1,4 @@
-"""Draw how the adapters were learnt: ``python -m examples.petite_vlm.stages`` makes pictures of training/stages.json."""
+"""Draw how adapters were learnt: ``python -m examples.petite_vlm.stages`` makes pictures of training/stages.json."""
 
 from __future__ import annotations
 
