@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from avl_fx import _compat
 from avl_fx.contenders import Contender
 from avl_fx.errors import EvaluationError
 from avl_fx.savings import cache_bytes
@@ -53,7 +54,8 @@ class Answers:
     cache_bytes: int
     """Of the cache at the end of its own answer."""
     step_seconds: float | None
-    """Median decode step of its own answer; ``None`` of a single token."""
+    """Median decode step of its own answer, those left out that something was compiled in; ``None`` where none is left.
+    """
 
 
 def dense_answers(model: Any, contender: Contender, inputs: Mapping[str, Any], max_new_tokens: int) -> DenseAnswers:
@@ -135,24 +137,27 @@ class _Listener:
         self.chosen: list[Tensor] = []
         """int64 ``[rows]`` a step."""
         self.seconds: list[float] = []
-        """From the end of one call to the beginning of the next: a decode step, without what is done here."""
+        """From the end of one call to the beginning of the next: a decode step, without what is done here. Not of steps
+        that something was compiled in."""
         self.cache: Any = None
         """The contender's own, where it has one."""
         self.prompt: Any = None
         """With ``keeps_prompt``, a copy of it as it was behind the prompt."""
-        self._left = 0.0
+        self._left, self._compiled = 0.0, 0
 
     def step_seconds(self) -> float | None:
         """The median decode step."""
         return statistics.median(self.seconds) if self.seconds else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        arrived, compiled = time.perf_counter(), _compat.compilations()
         if self.found:
-            self.seconds.append(time.perf_counter() - self._left)
+            if compiled == self._compiled:
+                self.seconds.append(arrived - self._left)
         elif self.keeps_prompt:
             self.prompt = copy.deepcopy(self.cache)
         said = self._hear(scores)
-        self._left = time.perf_counter()
+        self._left, self._compiled = time.perf_counter(), compiled
         return said
 
     def _hear(self, scores: Tensor) -> Tensor:

@@ -221,6 +221,11 @@ def graph_breaks() -> dict[str, int]:
     return found
 
 
+def compilations() -> int:
+    """How many frames Dynamo compiled so far in this process, or tried to; another number if it was reset meanwhile."""
+    return sum(counters["frames"].values())
+
+
 @contextlib.contextmanager
 def fresh_compilation(backend: Callable[..., Any]) -> Iterator[None]:
     """Compile with ``backend`` inside the block as a new process would, and leave what the process knows as it was.

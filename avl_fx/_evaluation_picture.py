@@ -39,7 +39,9 @@ def picture(report: EvaluationReport) -> bytes | None:
     axis.axhline(dense.mean, color="#4a6a94", lw=1, label="dense")
     colours = matplotlib.colormaps["tab20"]
     for number, (way, names) in enumerate(ways.items()):
-        _draw(axis, way, [report.results[name] for name in names], colours(number % COLOURS))
+        colour = colours(number % COLOURS)
+        edge = colour if number < COLOURS else "black"  # colours come a second time
+        _draw(axis, way, [report.results[name] for name in names], colour, edge)
     axis.set(
         xlabel="share of visual keys (circles) or of KV bytes (squares)",
         ylabel=f"{report.metric}, mean and 95% interval",
@@ -52,7 +54,7 @@ def picture(report: EvaluationReport) -> bytes | None:
     return written.getvalue()
 
 
-def _draw(axis: Any, way: str, results: list[ContenderResult], colour: Any) -> None:
+def _draw(axis: Any, way: str, results: list[ContenderResult], colour: Any, edge: Any) -> None:
     """Points of one series, joined in the order of their shares."""
     shares = [found.kv_share if found.budget is None else found.budget for found in results]
     order = sorted(range(len(results)), key=shares.__getitem__)
@@ -64,4 +66,5 @@ def _draw(axis: Any, way: str, results: list[ContenderResult], colour: Any) -> N
     ]
     known = results[0].budget is not None
     at = [shares[place] for place in order]
-    axis.errorbar(at, means, yerr=spread, marker="o" if known else "s", lw=1, capsize=2, label=way, color=colour)
+    marker = {"marker": "o" if known else "s", "markeredgecolor": edge}
+    axis.errorbar(at, means, yerr=spread, lw=1, capsize=2, label=way, color=colour, **marker)

@@ -33,8 +33,8 @@ Written by `python -m benchmarks.eval.page` from `benchmarks/results/eval`, whic
 is [petite_vlm](../examples/petite_vlm/README.md); pictures are held out, answers greedy, the prompt is always dense.
 Scores stand with 95% bootstrap intervals over pictures. **to dense** is the difference in points, question by question.
 **nats** is the divergence from the dense model along its own answers. **KV** is the cache in shares of the dense one's
-bytes: plans run on an `AVLCache`; controls hide keys by masks, and nothing is said of them. **ms** is the median decode
-step of a batch without code generation, for the dense model as for everybody else.
+bytes: plans run on an `AVLCache`; controls hide keys by masks, and nothing is said of them. Steps were timed by
+themselves, through Inductor: [speed](#speed).
 
 *A-VL s* keeps a share s of the visual keys and computes 0.6 s at steps that do not refresh (every third does), so it
 reads less than any control at the same s, which reads s at every step. It scores by the last token of the prompt, as
@@ -95,7 +95,7 @@ DIFFERENCES = (
     ),
 )
 """Here, there, why."""
-HEADER = ["| | score | 95% interval | to dense | nats | KV | ms |", "|---|---:|---:|---:|---:|---:|---:|"]
+HEADER = ["| | score | 95% interval | to dense | nats | KV |", "|---|---:|---:|---:|---:|---:|"]
 
 
 def page(
@@ -156,15 +156,11 @@ def _section(heading: str, report: Mapping[str, Any]) -> list[str]:
         )
         masked = contender.startswith(tuple(CONTROLS))
         stored = "" if masked else f"{result['kv_share']:.0%}"
-        step = "" if result["step_seconds"] is None else f"{1e3 * result['step_seconds']:.0f}"
         lines.append(
             f"| {contender} | {score['mean']:.1%} | {score['low']:.1%} to {score['high']:.1%} | {to_dense} "
-            f"| {result['divergence']:.3f} | {stored} | {step} |"
+            f"| {result['divergence']:.3f} | {stored} |"
         )
-    asked = f"{report['questions']} questions about {report['groups']} pictures."
-    if measured := report.get("machine"):
-        asked += f" {measured['processor']}, threads: {measured['threads']}."
-    asked += "\n"
+    asked = f"{report['questions']} questions about {report['groups']} pictures.\n"
     pictures = [f"![{said}]({path})\n" for said, path in report.get("pictures", {}).items()]
     return [heading, asked, "\n".join(lines) + "\n", *pictures]
 

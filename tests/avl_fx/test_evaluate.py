@@ -9,7 +9,7 @@ import torch
 
 import avl_fx
 from avl_fx import Contender, EvaluationBatch, EvaluationTask, Plan
-from avl_fx._answers import TOP, answers, dense_answers
+from avl_fx._answers import TOP, _Listener, answers, dense_answers
 from avl_fx._evaluation_picture import series
 from avl_fx.errors import EvaluationError, OptionError, PlanError
 from tests.oracle import lazy_oracle
@@ -159,6 +159,20 @@ def test_a_step_is_timed_without_what_the_evaluation_does(model, prompts, monkey
     monkeypatch.setattr("avl_fx._answers.time.perf_counter", lambda: float(next(ticks)))
     assert dense_answers(model, Contender("dense"), prompts[0], NEW).step_seconds == 1
     assert dense_answers(model, Contender("dense"), prompts[0], 1).step_seconds is None
+
+
+def test_a_step_that_compiles_is_not_timed(monkeypatch):
+    """The first step compiles a graph, the second one another, for any length; the third and fourth are steps."""
+    ticks, compiled = iter(range(100)), iter([7, 8, 9, 9, 9])
+    monkeypatch.setattr("avl_fx._answers.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("avl_fx._answers._compat.compilations", lambda: next(compiled))
+    listener = _Listener()
+    for _ in range(3):
+        listener(torch.zeros(1, 1, dtype=torch.long), torch.randn(1, 80))
+    assert listener.step_seconds() is None
+    for _ in range(2):
+        listener(torch.zeros(1, 1, dtype=torch.long), torch.randn(1, 80))
+    assert listener.seconds == [1.0, 1.0]
 
 
 def apart_from_time(report):
