@@ -72,7 +72,7 @@ def check_generates(door, kind, plan, count):
     [
         ("avl_fx.compile", "dynamic", "text"),
         pytest.param("torch.compile", "dynamic", "identity", marks=pytest.mark.matrix),
-        ("avl_fx.compile", "static", "lazy"),
+        pytest.param("avl_fx.compile", "static", "lazy", marks=pytest.mark.matrix),
     ],
 )
 def test_generates_leave_nothing_behind(door, kind, plan):

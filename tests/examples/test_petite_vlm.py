@@ -169,7 +169,7 @@ def test_two_workers_compute_the_same_step():
         torch.testing.assert_close(value, two.adapter_tensors()[name], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.matrix), 2])
 def test_steps_take_turns_under_the_plans(workers: int):
     """Each step is the one that autograd makes through the eager oracle of its mode; they train one set of weights."""
     blocks, modes = [(0, 1)], ("gla", "vla", "vla_scores")
