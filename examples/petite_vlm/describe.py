@@ -17,13 +17,12 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
 from avl_fx import Plan
 
 from .data import DATASETS
-from .model import load_petite_vlm, trained_under
+from .model import load_petite_vlm, recipe_of, trained_under
 from .packing import loss_and_hits, pack, packed_logits
 from .parts import sha256_of
 from .sources import Mixture
@@ -74,11 +73,9 @@ def main(
     model, processor = load_petite_vlm(adapter)
     names = data.split(",")
     mixture = Mixture(model, processor, dict.fromkeys(names, 1.0), 1, 1, 0, split="test")
-    with safe_open(adapter, "pt") as file:
-        recipe = json.loads(file.metadata()["recipe"])
     plans = trained_under(adapter)
     found: dict[str, Shares] = {}
-    for plan, student in zip(plans or [Plan.identity()], under_plans(model, plans) or [model], strict=True):
+    for plan, student in zip(plans or [Plan.identity()], under_plans(model, plans), strict=True):
         found |= {f"{name}{in_mode(plan)}": answered(student, mixture, name, images) for name in names}
     table = Table("data set", "kind", "questions", "right", "another image", "answer tokens")
     for name, kinds in found.items():
@@ -89,7 +86,7 @@ def main(
     described = {
         "sha256": sha256_of(adapter),
         "bytes": adapter.stat().st_size,
-        "recipe": recipe,
+        "recipe": recipe_of(adapter),
         "held_out": {
             "how": "greedy, exact match of whole answers, float32",
             "image_tokens": processor.image_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -78,18 +79,22 @@ def read_adapter(path: Path) -> tuple[dict[str, torch.Tensor], float]:
         return {key: file.get_tensor(key) for key in file.keys()}, scale  # noqa: SIM118 (not a mapping)
 
 
+def recipe_of(path: Path) -> dict[str, Any]:
+    """How an adapter was trained, as its file says."""
+    with safe_open(path, "pt") as file:
+        recipe: dict[str, Any] = json.loads(file.metadata()["recipe"])
+    return recipe
+
+
 def trained_at(path: Path) -> tuple[int, tuple[int, ...]]:
     """Pixels of the pictures that an adapter was trained on, and what of the encoder it saw; the first did not say."""
-    with safe_open(path, "pt") as file:
-        recipe = json.loads(file.metadata()["recipe"])
+    recipe = recipe_of(path)
     return int(recipe.get("image_size", TRAINED_AT)), tuple(recipe.get("feature_layers", FEATURE_LAYERS))
 
 
 def trained_under(path: Path) -> list[Plan]:
     """The plans that an adapter was trained under; each once, where steps took turns."""
-    with safe_open(path, "pt") as file:
-        recipe = json.loads(file.metadata()["recipe"])
-    return [Plan.from_json(text) for text in dict.fromkeys(recipe.get("plans", ()))]
+    return [Plan.from_json(text) for text in dict.fromkeys(recipe_of(path).get("plans", ()))]
 
 
 def load_petite_vlm(

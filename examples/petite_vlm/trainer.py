@@ -115,7 +115,7 @@ class Trainer:
         self.adapters: dict[str, LoRALinear] = add_lora(model.model.language_model, recipe.rank, recipe.lora_scale)
         if start is not None:
             self._go_on_from(start)
-        self.students = under_plans(model, [Plan.from_json(text) for text in recipe.plans]) or (model,)
+        self.students = under_plans(model, [Plan.from_json(text) for text in recipe.plans])
         """The model under each plan of the recipe; as it is where there is none."""
         lora = [p for adapter in self.adapters.values() for p in (adapter.A, adapter.B)]
         self.optimizer = torch.optim.AdamW(

@@ -24,11 +24,15 @@ def allow_graphs() -> None:
 
 
 def under_plans(model: M, plans: Sequence[Plan], compiler: str = "eager") -> tuple[M, ...]:
-    """A copy of ``model`` for each plan. Training any of them trains the model: there is one set of weights.
+    """A copy of ``model`` for each plan; where there is none, the model as it is.
+
+    Training any of them trains the model: there is one set of weights.
 
     Raises:
         PlanError: a plan is wrong, or made for another depth.
     """
+    if not plans:
+        return (model,)
     allow_graphs()
     copies = []
     for plan in plans:
