@@ -82,14 +82,14 @@ def pack(rows: Sequence[Sequence[Encoded]], prefix: Sequence[int], device: torch
                 owner.append(len(questions))
             questions.append(item.question)
             here = end
-    order = torch.arange(length)
+    segment, order = segment.to(device), torch.arange(length, device=device)
     same = segment[:, :, None] == segment[:, None, :]
     mask = (order[:, None] >= order) & (same | (segment[:, None, :] == 0))
     return Batch(
         prefix=torch.tensor(prefix, device=device),
         tail=tail.to(device),
         positions=positions.to(device),
-        mask=mask[:, None].to(device),
+        mask=mask[:, None],
         at=torch.tensor(at, device=device),
         targets=torch.tensor(targets, device=device),
         owner=torch.tensor(owner, device=device),

@@ -16,14 +16,20 @@ MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
+def to_bytes(images: Sequence[Image.Image], size: int) -> torch.Tensor:
+    """[B, 3, size, size] uint8; every image is stretched to a square."""
+    squares = [image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for image in images]
+    return torch.stack([torch.from_numpy(np.array(square)).permute(2, 0, 1) for square in squares])
+
+
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    """[B, 3, S, S] float32 of bytes, as the vision encoder takes them, on the same device."""
+    return (pixels.float() / 255 - MEAN.to(pixels.device)) / STD.to(pixels.device)
+
+
 def to_pixels(images: Sequence[Image.Image], size: int) -> torch.Tensor:
     """[B, 3, size, size] float32, normalised; every image is stretched to a square."""
-    rows = []
-    for image in images:
-        square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
-        rows.append((pixels - MEAN) / STD)
-    return torch.stack(rows)
+    return normalised(to_bytes(images, size))
 
 
 class PetiteProcessor:

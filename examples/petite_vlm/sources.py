@@ -11,12 +11,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from .data import DATASETS, Split
 from .features import encode
 from .packing import Encoded, encode_question
-from .processor import PetiteProcessor, to_pixels
+from .processor import PetiteProcessor, normalised, to_bytes
 
 
 class Source(Protocol):
@@ -93,25 +94,26 @@ def parse_mixture(data: str) -> dict[str, float]:
     return weights
 
 
-class Mixture:
-    """Several data sets by weight. Pictures are made and encoded when they are needed, so none is seen twice where a
-    data set has enough of them."""
+class Drawn:
+    """Several data sets by weight: what is asked about which picture at which step, and the pictures themselves.
+
+    Pictures are made when they are needed, so none is seen twice where a data set has enough of them. There is no model
+    in it, so another process may do its work (`ahead`).
+    """
 
     def __init__(
         self,
-        model: LlavaForConditionalGeneration,
         processor: PetiteProcessor,
+        image_token_id: int,
         weights: Mapping[str, float],
         images_per_step: int,
         questions_per_image: int,
         seed: int,
         split: Split = "train",
     ) -> None:
-        self.model, self.processor, self.split, self.seed = model, processor, split, seed
+        self.processor, self.token, self.split, self.seed = processor, image_token_id, split, seed
         self.weights = dict(weights)
         self.per_step, self.cap = images_per_step, questions_per_image
-        self.token = model.config.image_token_id
-        self.painters = ThreadPoolExecutor(os.cpu_count())
         self.prefix = self.row(next(iter(weights)), 0)[0]
 
     def row(self, name: str, image: int) -> tuple[list[int], tuple[Encoded, ...]]:
@@ -129,17 +131,46 @@ class Mixture:
             rows.append(draw.sample(items, min(self.cap, len(items))))
         return rows
 
-    @torch.no_grad()
-    def features_of(self, rows: Sequence[Sequence[Encoded]]) -> torch.Tensor:
-        return self.features([(row[0].question.dataset, row[0].question.image) for row in rows])
+    def paint(self, picture: tuple[str, int]) -> Image.Image:
+        """A picture, by data set and number."""
+        return DATASETS[picture[0]].picture(self.split, picture[1])
 
-    @torch.no_grad()
+
+class Mixture(Drawn):
+    """What is drawn, seen by the vision encoder of a model."""
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        processor: PetiteProcessor,
+        weights: Mapping[str, float],
+        images_per_step: int,
+        questions_per_image: int,
+        seed: int,
+        split: Split = "train",
+    ) -> None:
+        token = model.config.image_token_id
+        super().__init__(processor, token, weights, images_per_step, questions_per_image, seed, split)
+        self.model = model
+        self.painters = ThreadPoolExecutor(os.cpu_count())
+
+    def features_of(self, rows: Sequence[Sequence[Encoded]]) -> torch.Tensor:
+        return self.features([picture_of(row) for row in rows])
+
     def features(self, pictures: Sequence[tuple[str, int]]) -> torch.Tensor:
         """``[N, image tokens, width]`` float32 of pictures, each by data set and number."""
-        images = list(self.painters.map(lambda p: DATASETS[p[0]].picture(self.split, p[1]), pictures))
-        pixels = to_pixels(images, self.processor.image_size).to(self.model.device)
-        return encode(self.model, pixels.to(self.model.dtype)).float()
+        return self.seen(to_bytes(list(self.painters.map(self.paint, pictures)), self.processor.image_size))
+
+    @torch.no_grad()
+    def seen(self, pixels: torch.Tensor) -> torch.Tensor:
+        """``[N, image tokens, width]`` float32 of pictures ``[N, 3, S, S]`` uint8."""
+        return encode(self.model, normalised(pixels.to(self.model.device)).to(self.model.dtype)).float()
 
     def sample(self) -> torch.Tensor:
         each = max(1, 48 // len(self.weights))
         return torch.cat([self.features([(name, image) for image in range(each)]) for name in self.weights])
+
+
+def picture_of(row: Sequence[Encoded]) -> tuple[str, int]:
+    """Data set and number of the picture that a row asks about."""
+    return row[0].question.dataset, row[0].question.image

@@ -16,6 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 from avl_fx import Plan
 
+from .ahead import Ahead
 from .data import by_image, easy_vqa_dir, load_questions
 from .features import image_features
 from .model import FEATURE_LAYERS, load_petite_vlm, read_adapter, trained_at
@@ -117,6 +118,7 @@ def main(
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads, 0 leaves torch's choice")] = 0,
     workers: Annotated[int, typer.Option(help="CPU workers of one thread each, good beside other work")] = 1,
+    painters: Annotated[int, typer.Option(help="processes that paint ahead, where a GPU trains; 0: none")] = 0,
 ) -> None:
     """Train LoRA and projector, by default on easy-VQA's colour and shape questions."""
     if threads:
@@ -146,7 +148,11 @@ def main(
     model, processor = load_petite_vlm(adapter=None, image_size=image_size, feature_layers=seen)
     model.to(device)
     mixture = Mixture(model, processor, weights, images_per_step, questions_per_image, seed)
-    source: Source = epochs(model, processor, recipe) if list(weights) == ["easy_vqa"] else mixture
+    source: Source = mixture
+    if list(weights) == ["easy_vqa"]:
+        source = epochs(model, processor, recipe)
+    elif painters:
+        source = Ahead(mixture, steps, painters)
     tested = Mixture(model, processor, weights, images_per_step, questions_per_image, seed, split="test")
     held_out = HeldOut(tested, eval_images)
     tensors = None if start is None else read_adapter(start)[0]
