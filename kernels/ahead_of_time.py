@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +43,10 @@ POINTERS = {
 }
 
 
+OPTIONS = ("num_warps", "num_stages")
+"""What a launch may say that is no argument of the kernel."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel and the arguments that it was launched with."""
@@ -50,6 +54,8 @@ class Launch:
     specimen: str
     kernel: Any
     arguments: dict[str, Any]
+    options: dict[str, int] = field(default_factory=dict)
+    """Warps and pipeline stages, where the launch says them."""
 
     @property
     def name(self) -> str:
@@ -84,7 +90,7 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    compiled = triton.compile(launch.source(), target=GPUTarget(*TARGETS[target]))
+    compiled = triton.compile(launch.source(), target=GPUTarget(*TARGETS[target]), options=launch.options)
     binary = compiled.asm["cubin" if TARGETS[target][0] == "cuda" else "hsaco"]
     used = _cuda_resources(binary) if TARGETS[target][0] == "cuda" else _hip_resources(compiled.asm["amdgcn"])
     return {
@@ -239,7 +245,9 @@ def _recording(module: ModuleType, specimen: str, recorded: list[Launch]) -> Ite
 
             @staticmethod
             def launch(*args: Any, **kwargs: Any) -> None:
-                recorded.append(Launch(specimen, kernel, dict(kernel.signature.bind(*args, **kwargs).arguments)))
+                options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+                arguments = dict(kernel.signature.bind(*args, **kwargs).arguments)
+                recorded.append(Launch(specimen, kernel, arguments, options))
 
         return Recorder()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import avl_fx
 from benchmarks._decoding import PLAN, REFRESH, TEXT, filled, mean_share, read_bytes, visual_positions
-from benchmarks.gpu.contenders import CONTENDERS, Forward
+from benchmarks.gpu.contenders import CONTENDERS, Contender, Forward
 from benchmarks.gpu.exact import float32_copy, oracle
-from benchmarks.gpu.gate import Reference, verdict
+from benchmarks.gpu.gate import Reference, both, verdict
 from benchmarks.gpu.probe import Probe
 from benchmarks.gpu.settings import Cell, Settings
 from benchmarks.gpu.shapes import shape
@@ -25,6 +26,8 @@ __all__ = ["DecodeBench"]
 WARM_UP = 2 * REFRESH + 1
 """Compilation (a step without room, one with; a CUDA graph is recorded at the second call), the start of a partition
 and a refresh; a multiple of the period, and the step that starts the partition."""
+EXACT_STEPS = WARM_UP + 2 * REFRESH
+"""Steps of the run in float32."""
 
 
 class DecodeBench:
@@ -80,15 +83,33 @@ class DecodeBench:
         # The first call is dense and starts the partition; every third from there on is a refresh.
         refreshes = [took for step, took in enumerate(seconds) if step >= WARM_UP and step % REFRESH == 0]
         others = [took for step, took in enumerate(seconds) if step >= WARM_UP and step % REFRESH != 0]
-        reference = self.references["partitioned" if contender.partitioned else "dense"]
         return {
-            "gate": verdict(torch.stack(logits), reference, self.settings.torch_dtype),
+            "gate": self._gate(contender, torch.stack(logits)),
             "ms": deciles(periods),
             "refresh_steps_ms": deciles(refreshes)["median"],
             "other_steps_ms": deciles(others)["median"],
             "bytes": round(read_bytes(self.model, self.batch, self.shape.visual, mean_share(contender.plan))),
             **probe.facts(),
         }
+
+    def _gate(self, contender: Contender, logits: Tensor) -> dict[str, Any]:
+        dtype, reference = (
+            self.settings.torch_dtype,
+            self.references["partitioned" if contender.partitioned else "dense"],
+        )
+        if not contender.partitioned or dtype == torch.float32:
+            return verdict(logits, reference, dtype)
+        torch._dynamo.reset()
+        exact_model = float32_copy(self.model)
+        forward = contender.make(exact_model, self.settings)
+        cache = filled(exact_model, contender.cache, self.batch, self.shape.visual, self.steps, drawn=dtype)
+        with contender.attending(exact_model):
+            steps = self._steps(forward, cache, self.tokens[:EXACT_STEPS])
+            found = torch.stack([out[self.rows].float() for _, out in steps])
+        first, dense = reference.exact[:EXACT_STEPS], reference.dense
+        assert dense is not None
+        exactly = verdict(found, Reference(reference.against, first, first, dense[:EXACT_STEPS]), torch.float32)
+        return both(exactly, verdict(logits, replace(reference, dense=None), dtype))
 
     def _steps(self, forward: Forward, cache: Any, tokens: Tensor) -> Iterator[tuple[float, Tensor]]:
         """Seconds, and logits ``[batch, vocabulary]``, of each step."""

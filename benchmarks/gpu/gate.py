@@ -3,10 +3,12 @@
 Logits are held against an independent model in float32: stock eager attention for what attends to everything, the
 masks-only oracle of the tests for what follows a plan. In half precision nobody equals float32. A contender may be at
 most three times as far off as *plain eager code of the same dtype* is (stock, or that oracle), and by one rounding step
-of the largest logit beyond that. The oracle in half precision also shows what near ties cost: among thousands of random
-keys some are as good as equal at the edge of core, and rounding decides between them.
+of the largest logit beyond that.
 
-The gate of a plan must also be able to tell: it fails where dense attention would pass it.
+The gate of a plan must also be able to tell: it fails where dense attention would pass it. In half precision it could
+not. Among thousands of random keys some are as good as equal at the edge of core, rounding decides between them, and of
+random values each one counts: two right implementations end up as far apart as sparse and dense attention. So what
+follows a plan is run in float32 as well, over its first steps, and has to be exact there (`both`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Reference", "verdict"]
+__all__ = ["Reference", "both", "verdict"]
 
 FACTOR = 3
 FLOAT32_FLOOR = 2e-4
@@ -58,6 +60,13 @@ def verdict(got: Tensor, reference: Reference, dtype: torch.dtype) -> dict[str, 
     if not found["passed"]:
         found.setdefault("reason", f"off by {error:.3g}, {allowed:.3g} is allowed")
     return found
+
+
+def both(exactly: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """The verdict on a contender from those on its run in float32 and on the one whose time was taken."""
+    failed = next((found for found in (exactly, measured) if not found["passed"]), None)
+    parts = {"passed": failed is None, "float32": exactly, "measured": measured}
+    return parts if failed is None else parts | {"reason": failed["reason"]}
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -169,3 +169,10 @@ def _dinov2_name(name: str) -> str:
     name = name.removeprefix("backbone.")
     name = re.sub(r"attention\.attention\.(query|key|value)", lambda m: f"attention.{m[1][0]}_proj", name)
     return name.replace("attention.output.dense", "attention.o_proj")
+
+
+def name_in_older_release(name: str) -> str:
+    """What earlier releases of transformers (5.17) call the weight of `Dinov2Model` that is called ``name`` today."""
+    name = name.replace("attention.o_proj", "attention.output.dense")
+    full = {"q": "query", "k": "key", "v": "value"}
+    return re.sub(r"attention\.([qkv])_proj", lambda m: f"attention.attention.{full[m[1]]}", name)

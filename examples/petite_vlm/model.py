@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -21,9 +22,9 @@ from transformers import (
 
 from avl_fx import Plan
 
-from .convert import IMAGE_TOKEN, WEIGHTS, language_dir, vision_dir
+from .convert import IMAGE_TOKEN, WEIGHTS, language_dir, name_in_older_release, vision_dir
 from .lora import merge_lora
-from .parts import ChecksumError, sha256_of
+from .parts import ChecksumError, PartsError, sha256_of
 from .processor import PetiteProcessor
 
 ADAPTER = Path(__file__).parent / "adapter" / "petite_vlm.safetensors"
@@ -97,6 +98,28 @@ def trained_under(path: Path) -> list[Plan]:
     return [Plan.from_json(text) for text in dict.fromkeys(recipe_of(path).get("plans", ()))]
 
 
+def named_as_here(config: LlavaConfig, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights by the names that this release of transformers has for them.
+
+    Raises:
+        PartsError: some weight has no place, or none is there for some place; `from_pretrained` would go on with
+            random values.
+    """
+    with torch.device("meta"):
+        expected = LlavaForConditionalGeneration(config).state_dict().keys()
+    tower = "model.vision_tower."
+    weights = {
+        name_in_older_release(name) if name.startswith(tower) and name not in expected else name: value
+        for name, value in weights.items()
+    }
+    if wrong := sorted(weights.keys() ^ expected):
+        raise PartsError(
+            f"transformers {transformers.__version__} names {len(wrong)} weights otherwise, for example {wrong[0]}. "
+            "Install the release that constraints.txt names."
+        )
+    return weights
+
+
 def load_petite_vlm(
     adapter: str | Path | None = ADAPTER,
     dtype: torch.dtype = torch.float32,
@@ -132,6 +155,7 @@ def load_petite_vlm(
     else:
         weights |= _random_projector(config)
     weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
+    weights = named_as_here(config, weights)
     model = LlavaForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attn_implementation
     )

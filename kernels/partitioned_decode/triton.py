@@ -1,9 +1,10 @@
 """Triton implementation of `avl::partitioned_decode` for CUDA and ROCm: split-KV flash decoding over key ranges.
 
-Three launches. `attend_kernel`: one program for each key/value head and split; the query heads of a group are the rows
-of its tile, so each key is read once for all of them. The keys that a batch row reads are numbered through, and each
-split takes an equal share of these numbers, however the ranges lie. `merge_kernel` joins the splits of each query head.
-`weigh_kernel` goes over the keys once more where weights are asked for, and returns at once where they are not.
+`attend_kernel` has one program for each key/value head and split; the query heads of a group are the rows of its tile,
+so each key is read once for all of them. The keys that a batch row reads are numbered through, and each split takes an
+equal share of these numbers, however the ranges lie; tiles stay inside a range, so that their rows lie one behind the
+other. `merge_kernel` joins the splits of each query head, where there is more than one. Where weights are asked for,
+`attend_kernel` leaves its logits behind and `weigh_kernel` turns them into weights; no key is read twice.
 
 Nothing here waits for the device: ranges and the wish for weights are read there. The number of splits follows from the
 sizes alone.
@@ -19,6 +20,8 @@ from avl_fx.kernels.splits import split_count
 
 BLOCK_KEYS = 32
 """Keys of one tile. With 64, seven heads of 128 dimensions and a mask do not fit into the registers of sm_100."""
+WEIGHED_KEYS = 128
+"""Keys of one tile of weights, for which nothing but logits is loaded."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -34,6 +37,14 @@ def _ranges(segments, batch_row, keys, entries, BLOCK_S: tl.constexpr):
     start = tl.load(at, mask=entry < entries, other=0)
     length = tl.load(at + 1, mask=entry < entries, other=0)
     return start, tl.maximum(tl.minimum(length, keys - start), 0)
+
+
+@triton.jit
+def _range(segments, batch_row, keys, entries, number):
+    """Start, and clipped length int32, of one range of a batch row."""
+    at = segments + (batch_row * entries + number) * 2
+    start = tl.load(at)
+    return start, tl.maximum(tl.minimum(tl.load(at + 1), keys - start), 0).to(tl.int32)
 
 
 @triton.jit
@@ -79,10 +90,12 @@ def attend_kernel(
     new_value,
     mask,
     segments,
-    part_out,
+    out,
     part_max,
     part_sum,
+    lse,
     kept,
+    keep_if,
     scale,
     keys,
     kv_heads,
@@ -108,6 +121,7 @@ def attend_kernel(
     MASK: tl.constexpr,
     APPEND: tl.constexpr,
     KEEP: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -116,13 +130,14 @@ def attend_kernel(
 ):
     """Attention of one group of heads over one split of what its batch row reads; stores the new row if there is one.
 
-    ``keys`` counts the rows that are stored already: the new one is taken from where it comes from. With ``KEEP`` the
-    logits of what is read go to ``kept``, [batch, heads, keys and the new one], in natural units.
+    ``keys`` counts the rows that are stored already: the new one is taken from where it comes from. The logits of what
+    is read go to ``kept``, [batch, heads, keys and the new one], in natural units: with ``KEEP`` "always", or "wanted"
+    where ``keep_if`` says so. ``WHOLE``: there is one split, and ``out`` is the result instead of a part of it.
     """
     program = tl.program_id(0).to(tl.int64)
-    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     batch_row, kv_head = program // kv_heads, program % kv_heads
-    g, d, v = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    g, n, d, v = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     head = kv_head * GROUP + g
     in_query = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
     q = tl.load(query + batch_row * query_batch + head[:, None] * query_head + d[None, :], mask=in_query, other=0.0)
@@ -130,43 +145,50 @@ def attend_kernel(
     value += batch_row * value_batch + kv_head * value_head
     if MASK != "none":
         mask += batch_row * mask_batch + kv_head * GROUP * mask_head
+    if KEEP != "never":
+        row_of = (program * GROUP + g)[:, None] * (keys.to(tl.int64) + APPEND)
+        keeps = (g < GROUP)[:, None]
+        if KEEP == "wanted":
+            keeps = keeps & (tl.load(keep_if) != 0)
 
-    start, length = _ranges(segments, batch_row, keys, entries, BLOCK_S)
-    behind = tl.cumsum(length, 0)
-    before = behind - length
-    count = tl.sum(length, 0)
+    _, length = _ranges(segments, batch_row, keys, entries, BLOCK_S)
+    used = tl.max(tl.where(length > 0, tl.arange(0, BLOCK_S) + 1, 0), axis=0)
+    count = tl.sum(length, 0).to(tl.int32)
     share = tl.cdiv(tl.cdiv(count, splits), BLOCK_K) * BLOCK_K
     first = split * share
     end = tl.minimum(first + share, count)
 
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
-    out = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
-    for at in range(first, end, BLOCK_K):
-        number = at + tl.arange(0, BLOCK_K)
-        read = number < end
-        within = (number[:, None] >= before[None, :]) & (number[:, None] < behind[None, :])
-        position = tl.sum(tl.where(within, number[:, None] - before[None, :] + start[None, :], 0), axis=1)
-        if MASK != "none":
-            bias = _hides(mask, g, position, read, mask_head, mask_key, GROUP, MASK)
-            read = read & (tl.max(bias, axis=0) != float("-inf"))
-        in_key = read[:, None] & (d < HEAD_DIM)[None, :]
-        k = tl.load(key + position[:, None] * key_row + d[None, :], mask=in_key, other=0.0)
-        logits = _logits(q, k, scale, BLOCK_G)
-        if MASK != "none":
-            logits = tl.where(bias == float("-inf"), float("-inf"), logits + bias)
-        logits = tl.where(read[None, :], logits, float("-inf"))
-        if KEEP:
-            row_of = (program * GROUP + g)[:, None] * (keys.to(tl.int64) + APPEND)
-            tl.store(kept + row_of + position[None, :], logits * LN_2, mask=(g < GROUP)[:, None] & read[None, :])
-        p, factor, most, total = _update(logits, most, total)
-        in_value = read[:, None] & (v < VALUE_DIM)[None, :]
-        x = tl.load(value + position[:, None] * value_row + v[None, :], mask=in_value, other=0.0)
-        if BLOCK_G == 1:
-            product = tl.sum(tl.trans(p) * x.to(tl.float32), axis=0)[None, :]
-        else:
-            product = tl.dot(p.to(x.dtype), x, input_precision="ieee")
-        out = out * factor[:, None] + product
+    sums = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
+    before = first * 0
+    for number in range(used):
+        begin, here = _range(segments, batch_row, keys, entries, number)
+        low, high = tl.maximum(first - before, 0), tl.minimum(end - before, here)
+        for at in range(low, high, BLOCK_K):
+            inside = at + n < high
+            read = inside
+            row = begin + at
+            if MASK != "none":
+                bias = _hides(mask, g, row + n, inside, mask_head, mask_key, GROUP, MASK)
+                read = read & (tl.max(bias, axis=0) != float("-inf"))
+            in_key = read[:, None] & (d < HEAD_DIM)[None, :]
+            k = tl.load(key + row * key_row + n[:, None] * key_row + d[None, :], mask=in_key, other=0.0)
+            logits = _logits(q, k, scale, BLOCK_G)
+            if MASK != "none":
+                logits = tl.where(bias == float("-inf"), float("-inf"), logits + bias)
+            logits = tl.where(read[None, :], logits, float("-inf"))
+            if KEEP != "never":
+                tl.store(kept + row_of + (row + n)[None, :], logits * LN_2, mask=keeps & inside[None, :])
+            p, factor, most, total = _update(logits, most, total)
+            in_value = read[:, None] & (v < VALUE_DIM)[None, :]
+            x = tl.load(value + row * value_row + n[:, None] * value_row + v[None, :], mask=in_value, other=0.0)
+            if BLOCK_G == 1:
+                product = tl.sum(tl.trans(p) * x.to(tl.float32), axis=0)[None, :]
+            else:
+                product = tl.dot(p.to(x.dtype), x, input_precision="ieee")
+            sums = sums * factor[:, None] + product
+        before += here
 
     if APPEND and split == 0:
         row = keys.to(tl.int64)
@@ -184,16 +206,31 @@ def attend_kernel(
             seen = seen & (extra != float("-inf"))
             logit = logit + extra
         logit = tl.where(seen, logit, float("-inf"))
-        if KEEP:
-            tl.store(kept + (program * GROUP + g) * (row + 1) + row, logit * LN_2, mask=g < GROUP)
+        if KEEP != "never":
+            tl.store(kept + row_of + row, (logit * LN_2)[:, None], mask=keeps)
         p, factor, most, total = _update(logit[:, None], most, total)
-        out = out * factor[:, None] + tl.where(seen[:, None], p * x.to(tl.float32)[None, :], 0.0)
+        sums = sums * factor[:, None] + tl.where(seen[:, None], p * x.to(tl.float32)[None, :], 0.0)
 
-    part = (program * splits + split) * GROUP + g
-    tl.store(part_max + part, most, mask=g < GROUP)
-    tl.store(part_sum + part, total, mask=g < GROUP)
     in_out = (g < GROUP)[:, None] & (v < VALUE_DIM)[None, :]
-    tl.store(part_out + part[:, None] * VALUE_DIM + v[None, :], out, mask=in_out)
+    if WHOLE:
+        result, norm = _finished(sums, most, total)
+        at_head = program * GROUP + g
+        tl.store(out + at_head[:, None] * VALUE_DIM + v[None, :], result.to(out.dtype.element_ty), mask=in_out)
+        tl.store(lse + at_head, norm, mask=g < GROUP)
+    else:
+        part = (program * splits + split) * GROUP + g
+        tl.store(part_max + part, most, mask=g < GROUP)
+        tl.store(part_sum + part, total, mask=g < GROUP)
+        tl.store(out + part[:, None] * VALUE_DIM + v[None, :], sums, mask=in_out)
+
+
+@triton.jit
+def _finished(sums, most, total):
+    """Results ``[heads, values]`` and the logarithm of each sum, in units of log 2, of a softmax that has seen all."""
+    divisor = tl.where(total == 0.0, 1.0, total)
+    base = tl.where(most == float("-inf"), 0.0, most)
+    # A row that sees nothing has weights 0 = exp2(-inf).
+    return sums / divisor[:, None], tl.where(total == 0.0, float("inf"), base + tl.log2(divisor))
 
 
 @triton.jit
@@ -230,58 +267,41 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=["keys"])
 def weigh_kernel(
-    query,
-    key,
-    mask,
+    kept,
     segments,
     weigh,
     lse,
     weights,
-    scale,
     keys,
     kv_heads,
     entries,
-    query_batch,
-    query_head,
-    key_batch,
-    key_head,
-    key_row,
-    mask_batch,
-    mask_head,
-    mask_key,
     GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    MASK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Probabilities of one tile of keys, averaged over the heads of a group; ``keys`` counts the new row as well."""
+    """Probabilities of a share of the keys, averaged over the heads of a group; ``keys`` counts the new row as well."""
     if tl.load(weigh) != 0:
         program = tl.program_id(0).to(tl.int64)
-        batch_row, kv_head = program // kv_heads, program % kv_heads
-        g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-        head = kv_head * GROUP + g
-        position = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-        start, length = _ranges(segments, batch_row, keys, entries, BLOCK_S)
-        within = (position[:, None] >= start[None, :]) & (position[:, None] < (start + length)[None, :])
-        read = tl.max(within.to(tl.int32), axis=1) > 0
-        if MASK != "none":
-            mask += batch_row * mask_batch + kv_head * GROUP * mask_head
-            bias = _hides(mask, g, position, read, mask_head, mask_key, GROUP, MASK)
-            read = read & (tl.max(bias, axis=0) != float("-inf"))
-        in_query = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-        q = tl.load(query + batch_row * query_batch + head[:, None] * query_head + d[None, :], mask=in_query, other=0.0)
-        key += batch_row * key_batch + kv_head * key_head
-        in_key = read[:, None] & (d < HEAD_DIM)[None, :]
-        k = tl.load(key + position[:, None] * key_row + d[None, :], mask=in_key, other=0.0)
-        logits = _logits(q, k, scale, BLOCK_G)
-        if MASK != "none":
-            logits = tl.where(bias == float("-inf"), float("-inf"), logits + bias)
+        split, splits = tl.program_id(1), tl.num_programs(1)
+        batch_row = program // kv_heads
+        g, n = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K)
+        _, length = _ranges(segments, batch_row, keys, entries, BLOCK_S)
+        used = tl.max(tl.where(length > 0, tl.arange(0, BLOCK_S) + 1, 0), axis=0)
         norm = tl.load(lse + program * GROUP + g, mask=g < GROUP, other=float("inf"))
-        p = tl.where(read[None, :] & (g < GROUP)[:, None], tl.exp2(logits - norm[:, None]), 0.0)
-        tl.store(weights + program * keys + position, tl.sum(p, axis=0) / GROUP, mask=position < keys)
+        share = tl.cdiv(tl.cdiv(keys, splits), BLOCK_K) * BLOCK_K
+        first = split * share
+        for at in range(first, tl.minimum(first + share, keys), BLOCK_K):
+            position = at + n
+            read = position < 0
+            for number in range(used):
+                begin, here = _range(segments, batch_row, keys, entries, number)
+                read = read | ((position >= begin) & (position < begin + here))
+            inside = (g < GROUP)[:, None] & read[None, :]
+            theirs = kept + (program * GROUP + g)[:, None] * keys + position[None, :]
+            logits = tl.load(theirs, mask=inside, other=float("-inf")) * LOG2_E
+            p = tl.exp2(logits - norm[:, None])
+            tl.store(weights + program * keys + position, tl.sum(p, axis=0) / GROUP, mask=position < keys)
 
 
 def partitioned_decode_triton(
@@ -317,21 +337,22 @@ def partitioned_decode_triton(
         segments[..., 1] = seen
     segments = segments.contiguous()
     query = query if query.stride(3) == 1 else query.contiguous()
-    blocks = {
-        "BLOCK_G": 1 if group == 1 else max(16, triton.next_power_of_2(group)),
-        "BLOCK_K": BLOCK_KEYS,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_S": triton.next_power_of_2(max(1, segments.shape[1])),
-    }
     kind, mask, mask_strides = _mask(mask, (batch, heads, 1, seen))
     splits = split_count(batch * kv_heads, seen, query.device)
+    block_s = triton.next_power_of_2(max(1, segments.shape[1]))
     block_v = max(16, triton.next_power_of_2(value_dim))
 
     out = query.new_empty(batch, heads, 1, value_dim)
     weights = query.new_empty(batch, kv_heads, 0 if weigh is None else seen, dtype=torch.float32)
     lse = query.new_empty(batch, heads, dtype=torch.float32)
-    part_out = query.new_empty(batch * kv_heads, splits, group, value_dim, dtype=torch.float32)
-    part_max, part_sum = query.new_empty(2, batch * kv_heads, splits, group, dtype=torch.float32)
+    parts, part_max, part_sum = out, None, None
+    if splits > 1:
+        parts = query.new_empty(batch * kv_heads, splits, group, value_dim, dtype=torch.float32)
+        part_max, part_sum = query.new_empty(2, batch * kv_heads, splits, group, dtype=torch.float32)
+    keep = "always"
+    if kept is None:
+        keep = "never" if weigh is None else "wanted"
+        kept = None if weigh is None else query.new_empty(batch, heads, seen, dtype=torch.float32)
     attend_kernel[(batch * kv_heads, splits)](
         query,
         key,
@@ -340,10 +361,12 @@ def partitioned_decode_triton(
         new_value,
         mask,
         segments,
-        part_out,
+        parts,
         part_max,
         part_sum,
+        lse,
         kept,
+        weigh,
         scale,
         keys,
         kv_heads,
@@ -358,45 +381,58 @@ def partitioned_decode_triton(
         VALUE_DIM=value_dim,
         MASK=kind,
         APPEND=append,
-        KEEP=kept is not None,
+        KEEP=keep,
+        WHOLE=splits == 1,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_V=block_v,
-        **blocks,
+        BLOCK_S=block_s,
+        **tile(query.dtype, group, kind),
     )
-    merge_kernel[(batch * heads,)](
-        part_out,
-        part_max,
-        part_sum,
-        out,
-        lse,
-        splits,
-        GROUP=group,
-        VALUE_DIM=value_dim,
-        BLOCK_V=block_v,
-        BLOCK_P=triton.next_power_of_2(splits),
-    )
+    if splits > 1:
+        merge_kernel[(batch * heads,)](
+            parts,
+            part_max,
+            part_sum,
+            out,
+            lse,
+            splits,
+            GROUP=group,
+            VALUE_DIM=value_dim,
+            BLOCK_V=block_v,
+            BLOCK_P=triton.next_power_of_2(splits),
+        )
     if weigh is None:
         return out, weights
-    weigh_kernel[(batch * kv_heads, triton.cdiv(seen, BLOCK_KEYS))](
-        query,
-        key,
-        mask,
+    weigh_kernel[(batch * kv_heads, splits)](
+        kept,
         segments,
         weigh,
         lse,
         weights,
-        scale,
         seen,
         kv_heads,
         segments.shape[1],
-        *query.stride()[:2],
-        *key.stride()[:3],
-        *mask_strides,
         GROUP=group,
-        HEAD_DIM=head_dim,
-        MASK=kind,
-        **blocks,
+        BLOCK_G=triton.next_power_of_2(group),
+        BLOCK_K=WEIGHED_KEYS,
+        BLOCK_S=block_s,
     )
     return out, weights
+
+
+def tile(dtype: torch.dtype, group: int, mask: str) -> dict[str, int]:
+    """Sizes of a tile and of the program that computes it.
+
+    Args:
+        dtype: of query, key and value.
+        group: query heads of a key/value head.
+        mask: its kind.
+    """
+    # One head in half precision is padded: a product on matrix units lets the loads run ahead, a sum does not.
+    rows = 1 if group == 1 and dtype == torch.float32 else max(16, triton.next_power_of_2(group))
+    if dtype == torch.float32 or mask != "none":
+        return {"BLOCK_G": rows, "BLOCK_K": BLOCK_KEYS}
+    return {"BLOCK_G": rows, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 
 
 def _mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[str, Tensor | None, tuple[int, int, int]]:
