@@ -8,6 +8,7 @@ import copy
 import functools
 import inspect
 import logging
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast, get_origin
 
@@ -26,6 +27,7 @@ __all__ = [
     "BackendErrorBase",
     "FrameModules",
     "compile_arguments",
+    "compile_function",
     "compile_graph",
     "compile_module",
     "copy_module",
@@ -36,7 +38,6 @@ __all__ = [
     "graph_breaks",
     "inductor_config_types",
     "inductor_modes",
-    "isolation",
     "readable",
     "recompile_limit",
     "strip_compilation",
@@ -151,9 +152,7 @@ def decoder_depth(model: Any) -> int | None:
 
 def compile_module(module: torch.nn.Module, settings: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
     """``module.compile(**kwargs)`` with Dynamo settings that hold around its calls and nowhere else."""
-    module.compile(**kwargs)
-    compiled = module._compiled_call_impl
-    assert compiled is not None
+    compiled = compile_function(module._call_impl, **kwargs)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with dynamo_config.patch(**settings):
@@ -194,16 +193,38 @@ def watch_calls(module: torch.nn.Module, wrap: Callable[[Callable[..., Any]], Ca
 
 @functools.cache
 def compile_arguments() -> frozenset[str]:
-    """Names of the keyword arguments of this release's `torch.compile`."""
-    return frozenset(inspect.signature(torch.compile).parameters) - {"model"}
+    """Names of the keyword arguments of `compile_function`: those of `torch.compile`, in old releases one more."""
+    return frozenset(inspect.signature(torch.compile).parameters) - {"model"} | {"isolate_recompiles"}
 
 
-def isolation() -> dict[str, Any]:
-    """Arguments for `torch.compile` that keep its compiled code apart from that of other calls on the same function.
+def compile_function(function: Callable[..., Any], *, isolate_recompiles: bool = False, **kwargs: Any) -> Any:
+    """``torch.compile(function, **kwargs)``.
 
-    Without them all share one recompile limit. Empty where the release cannot do it.
+    With ``isolate_recompiles`` its compiled code is kept apart from that of other calls on the same function; all
+    others share one recompile limit. Old releases have no such argument: there the function gets code of its
+    own, which keeps apart what is compiled of the function itself, but not of functions that it calls behind a graph
+    break.
     """
-    return {"isolate_recompiles": True} if "isolate_recompiles" in compile_arguments() else {}
+    if isolate_recompiles and "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        kwargs["isolate_recompiles"] = True
+    elif isolate_recompiles:
+        function = _with_own_code(function)
+    return torch.compile(function, **kwargs)
+
+
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a Python function or method for Dynamo, which keeps what it knows of a function at its code object."""
+    if isinstance(function, types.MethodType):
+        return types.MethodType(_with_own_code(function.__func__), function.__self__)
+    if not isinstance(function, types.FunctionType):
+        return function
+    code = function.__code__.replace()
+    own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    own.__dict__.update(function.__dict__)
+    own.__doc__, own.__module__, own.__qualname__ = function.__doc__, function.__module__, function.__qualname__
+    own.__annotations__ = function.__annotations__
+    return own
 
 
 def recompile_limit() -> int:

@@ -106,13 +106,15 @@ Watch = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def _bare(model: nn.Module, options: Mapping[str, Any], watch: Watch) -> None:
-    compiled = torch.compile(model.forward, backend=avl_backend, options=dict(options), **_compat.isolation())
+    compiled = _compat.compile_function(
+        model.forward, backend=avl_backend, options=dict(options), isolate_recompiles=True
+    )
     # `generate` reads the signature of forward.
     model.forward = functools.wraps(model.forward)(watch(compiled))
 
 
 def _by_regions(model: nn.Module, options: Mapping[str, Any], watch: Watch) -> None:
-    regions.compile(model, options=dict(options), **_compat.isolation())
+    regions.compile(model, options=dict(options), isolate_recompiles=True)
     _compat.watch_calls(model, watch)
 
 
