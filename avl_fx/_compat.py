@@ -27,7 +27,6 @@ __all__ = [
     "BackendErrorBase",
     "FrameModules",
     "compile_arguments",
-    "compile_function",
     "compile_graph",
     "compile_module",
     "copy_module",
@@ -38,6 +37,7 @@ __all__ = [
     "graph_breaks",
     "inductor_config_types",
     "inductor_modes",
+    "isolation",
     "readable",
     "recompile_limit",
     "strip_compilation",
@@ -152,7 +152,9 @@ def decoder_depth(model: Any) -> int | None:
 
 def compile_module(module: torch.nn.Module, settings: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
     """``module.compile(**kwargs)`` with Dynamo settings that hold around its calls and nowhere else."""
-    compiled = compile_function(module._call_impl, **kwargs)
+    module.compile(**kwargs)
+    compiled = module._compiled_call_impl
+    assert compiled is not None
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with dynamo_config.patch(**settings):
@@ -193,38 +195,16 @@ def watch_calls(module: torch.nn.Module, wrap: Callable[[Callable[..., Any]], Ca
 
 @functools.cache
 def compile_arguments() -> frozenset[str]:
-    """Names of the keyword arguments of `compile_function`: those of `torch.compile`, in old releases one more."""
-    return frozenset(inspect.signature(torch.compile).parameters) - {"model"} | {"isolate_recompiles"}
+    """Names of the keyword arguments of this release's `torch.compile`."""
+    return frozenset(inspect.signature(torch.compile).parameters) - {"model"}
 
 
-def compile_function(function: Callable[..., Any], *, isolate_recompiles: bool = False, **kwargs: Any) -> Any:
-    """``torch.compile(function, **kwargs)``.
+def isolation() -> dict[str, Any]:
+    """Arguments for `torch.compile` that keep its compiled code apart from that of other calls on the same function.
 
-    With ``isolate_recompiles`` its compiled code is kept apart from that of other calls on the same function; all
-    others share one recompile limit. Old releases have no such argument: there the function gets code of its
-    own, which keeps apart what is compiled of the function itself, but not of functions that it calls behind a graph
-    break.
+    Without them all share one recompile limit. Empty where the release cannot do it; see `_own_code`.
     """
-    if isolate_recompiles and "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        kwargs["isolate_recompiles"] = True
-    elif isolate_recompiles:
-        function = _with_own_code(function)
-    return torch.compile(function, **kwargs)
-
-
-def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a Python function or method for Dynamo, which keeps what it knows of a function at its code object."""
-    if isinstance(function, types.MethodType):
-        return types.MethodType(_with_own_code(function.__func__), function.__self__)
-    if not isinstance(function, types.FunctionType):
-        return function
-    code = function.__code__.replace()
-    own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-    own.__kwdefaults__ = function.__kwdefaults__
-    own.__dict__.update(function.__dict__)
-    own.__doc__, own.__module__, own.__qualname__ = function.__doc__, function.__module__, function.__qualname__
-    own.__annotations__ = function.__annotations__
-    return own
+    return {"isolate_recompiles": True} if "isolate_recompiles" in compile_arguments() else {}
 
 
 def recompile_limit() -> int:
@@ -248,8 +228,8 @@ def compilations() -> int:
 
 
 @contextlib.contextmanager
-def fresh_compilation(backend: Callable[..., Any]) -> Iterator[None]:
-    """Compile with ``backend`` inside the block as a new process would, and leave what the process knows as it was.
+def fresh_compilation(backend: Callable[..., Any], model: torch.nn.Module) -> Iterator[None]:
+    """Compile ``model`` with ``backend`` inside the block as a new process would, and leave what the process knows.
 
     No recompile limit; no sizes that earlier runs found to vary; none of Dynamo's warnings. ``backend`` stands in for
     the one of every `torch.compile` that is called in the block, so it must be a callable that was never used before:
@@ -260,7 +240,7 @@ def fresh_compilation(backend: Callable[..., Any]) -> Iterator[None]:
     log = logging.getLogger("torch._dynamo")
     level = log.level
     unlimited = dynamo_config.patch(recompile_limit=100_000, accumulated_recompile_limit=100_000)
-    with unlimited, torch.compiler.set_stance("default", force_backend=backend):
+    with unlimited, torch.compiler.set_stance("default", force_backend=backend), _own_code(model):
         sizes.clear()
         log.setLevel(logging.ERROR)
         try:
@@ -269,6 +249,37 @@ def fresh_compilation(backend: Callable[..., Any]) -> Iterator[None]:
             log.setLevel(level)
             sizes.clear()
             sizes.update(known)
+
+
+@contextlib.contextmanager
+def _own_code(model: torch.nn.Module) -> Iterator[None]:
+    """For the block, methods of ``model`` have code of their own, where `isolation` cannot keep compiled code apart.
+
+    Dynamo keeps at a code object what it compiled of it, and that its recompile limit was reached: what the block
+    compiles would use up the limit of others, and where theirs is used up nothing would be compiled.
+    """
+    codes = {} if isolation() else {function: function.__code__ for function in _methods(model)}
+    try:
+        for function, code in codes.items():
+            function.__code__ = code.replace()
+        yield
+    finally:
+        for function, code in codes.items():
+            function.__code__ = code
+
+
+def _methods(model: torch.nn.Module) -> set[types.FunctionType]:
+    """The functions in the classes of all modules, torch's own left out, and those that they decorate."""
+    classes = {c for module in model.modules() for c in type(module).__mro__ if c.__module__.split(".")[0] != "torch"}
+    pending = [value for c in classes for value in vars(c).values()]
+    pending += [getattr(forward, "__func__", forward) for m in model.modules() if (forward := vars(m).get("forward"))]
+    found: set[types.FunctionType] = set()
+    while pending:
+        function = pending.pop()
+        if isinstance(function, types.FunctionType) and function not in found:
+            found.add(function)
+            pending.append(getattr(function, "__wrapped__", None))
+    return found
 
 
 def cpp_compiler() -> str | None:

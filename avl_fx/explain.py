@@ -89,7 +89,7 @@ def explain(
     start = time.perf_counter()
     with recording(keep_graphs) as recorder:
         result = Run(model, resolved, front_door, compiler, recorder, was_training=model.training)
-        with left_untouched(model), _compat.fresh_compilation(backend), torch.no_grad():
+        with left_untouched(model), _compat.fresh_compilation(backend, model), torch.no_grad():
             FRONT_DOORS[front_door](model, options, functools.partial(_Watch, result))
             # Steps of a fragmented decoder may disagree on which keys exist. That is a finding, not the end.
             with _quiet(), _noting(result):
@@ -106,15 +106,13 @@ Watch = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def _bare(model: nn.Module, options: Mapping[str, Any], watch: Watch) -> None:
-    compiled = _compat.compile_function(
-        model.forward, backend=avl_backend, options=dict(options), isolate_recompiles=True
-    )
+    compiled = torch.compile(model.forward, backend=avl_backend, options=dict(options), **_compat.isolation())
     # `generate` reads the signature of forward.
     model.forward = functools.wraps(model.forward)(watch(compiled))
 
 
 def _by_regions(model: nn.Module, options: Mapping[str, Any], watch: Watch) -> None:
-    regions.compile(model, options=dict(options), isolate_recompiles=True)
+    regions.compile(model, options=dict(options), **_compat.isolation())
     _compat.watch_calls(model, watch)
 
 

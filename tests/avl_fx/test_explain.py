@@ -323,8 +323,21 @@ def test_compiled_model_keeps_its_code(how, door):
     torch._dynamo.reset()
 
 
-def test_explain_uses_up_no_recompile_limit():
-    model, inputs = tiny(), tiny_inputs()
+class Broken(nn.Module):
+    """Its layers are functions of their own to Dynamo, behind graph breaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("make", [tiny, Broken])
+def test_explain_uses_up_no_recompile_limit(make):
+    model, inputs = make(), tiny_inputs()
     for _ in range(10):
         avl_fx.explain(model, **inputs)
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
@@ -333,11 +346,11 @@ def test_explain_uses_up_no_recompile_limit():
 
 
 @pytest.mark.parametrize("door", ["torch.compile", "avl_fx.compile"])
-def test_explain_sees_a_model_whose_recompile_limit_is_used_up(door):
-    model = tiny()
+@pytest.mark.parametrize("make", [tiny, Broken])
+def test_explain_sees_a_model_whose_recompile_limit_is_used_up(make, door):
+    model = make()
     with torch._dynamo.config.patch(recompile_limit=1):
         for length in (3, 4):
-            torch.compile(model.forward, backend="eager", dynamic=False)(**tiny_inputs(length))
             torch.compile(model, backend="eager", dynamic=False)(**tiny_inputs(length))
         assert len(avl_fx.explain(model, front_door=door, **tiny_inputs()).graphs) == 1
     torch._dynamo.reset()
