@@ -8,6 +8,7 @@ import copy
 import functools
 import inspect
 import logging
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast, get_origin
 
@@ -201,7 +202,7 @@ def compile_arguments() -> frozenset[str]:
 def isolation() -> dict[str, Any]:
     """Arguments for `torch.compile` that keep its compiled code apart from that of other calls on the same function.
 
-    Without them all share one recompile limit. Empty where the release cannot do it.
+    Without them all share one recompile limit. Empty where the release cannot do it; see `_own_code`.
     """
     return {"isolate_recompiles": True} if "isolate_recompiles" in compile_arguments() else {}
 
@@ -227,8 +228,8 @@ def compilations() -> int:
 
 
 @contextlib.contextmanager
-def fresh_compilation(backend: Callable[..., Any]) -> Iterator[None]:
-    """Compile with ``backend`` inside the block as a new process would, and leave what the process knows as it was.
+def fresh_compilation(backend: Callable[..., Any], model: torch.nn.Module) -> Iterator[None]:
+    """Compile ``model`` with ``backend`` inside the block as a new process would, and leave what the process knows.
 
     No recompile limit; no sizes that earlier runs found to vary; none of Dynamo's warnings. ``backend`` stands in for
     the one of every `torch.compile` that is called in the block, so it must be a callable that was never used before:
@@ -239,7 +240,7 @@ def fresh_compilation(backend: Callable[..., Any]) -> Iterator[None]:
     log = logging.getLogger("torch._dynamo")
     level = log.level
     unlimited = dynamo_config.patch(recompile_limit=100_000, accumulated_recompile_limit=100_000)
-    with unlimited, torch.compiler.set_stance("default", force_backend=backend):
+    with unlimited, torch.compiler.set_stance("default", force_backend=backend), _own_code(model):
         sizes.clear()
         log.setLevel(logging.ERROR)
         try:
@@ -248,6 +249,37 @@ def fresh_compilation(backend: Callable[..., Any]) -> Iterator[None]:
             log.setLevel(level)
             sizes.clear()
             sizes.update(known)
+
+
+@contextlib.contextmanager
+def _own_code(model: torch.nn.Module) -> Iterator[None]:
+    """For the block, methods of ``model`` have code of their own, where `isolation` cannot keep compiled code apart.
+
+    Dynamo keeps at a code object what it compiled of it, and that its recompile limit was reached: what the block
+    compiles would use up the limit of others, and where theirs is used up nothing would be compiled.
+    """
+    codes = {} if isolation() else {function: function.__code__ for function in _methods(model)}
+    try:
+        for function, code in codes.items():
+            function.__code__ = code.replace()
+        yield
+    finally:
+        for function, code in codes.items():
+            function.__code__ = code
+
+
+def _methods(model: torch.nn.Module) -> set[types.FunctionType]:
+    """The functions in the classes of all modules, torch's own left out, and those that they decorate."""
+    classes = {c for module in model.modules() for c in type(module).__mro__ if c.__module__.split(".")[0] != "torch"}
+    pending = [value for c in classes for value in vars(c).values()]
+    pending += [getattr(forward, "__func__", forward) for m in model.modules() if (forward := vars(m).get("forward"))]
+    found: set[types.FunctionType] = set()
+    while pending:
+        function = pending.pop()
+        if isinstance(function, types.FunctionType) and function not in found:
+            found.add(function)
+            pending.append(getattr(function, "__wrapped__", None))
+    return found
 
 
 def cpp_compiler() -> str | None:

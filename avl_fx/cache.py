@@ -194,6 +194,8 @@ class AVLCache(Cache):
         Raises:
             CacheStateError: older tokens were left out since; the cache is as it was.
         """
+        # Assisted generation of older releases hands over a tensor, which must not become part of the length.
+        tokens_to_remove = int(tokens_to_remove)
         length = self.get_seq_length()
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
         if count > length:

@@ -222,7 +222,7 @@ def _instrumented(model: nn.Module, compiler: str) -> Iterator[Observer]:
     options = {"plan": Plan.identity(), "compiler": compiler, "strict": True}
     # A new callable each time: Dynamo would reuse the code of an earlier, equal backend, in which nothing is observed.
     backend = functools.partial(avl_backend, options=options)
-    with left_untouched(model), _compat.fresh_compilation(backend), torch.no_grad(), observing() as observer:
+    with left_untouched(model), _compat.fresh_compilation(backend, model), torch.no_grad(), observing() as observer:
         regions.compile(model, options=options, **_compat.isolation())
         yield observer
 

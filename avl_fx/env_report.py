@@ -73,6 +73,8 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)  # with its build (+cu130), which the distribution's version may lack
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

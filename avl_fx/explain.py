@@ -89,7 +89,7 @@ def explain(
     start = time.perf_counter()
     with recording(keep_graphs) as recorder:
         result = Run(model, resolved, front_door, compiler, recorder, was_training=model.training)
-        with left_untouched(model), _compat.fresh_compilation(backend), torch.no_grad():
+        with left_untouched(model), _compat.fresh_compilation(backend, model), torch.no_grad():
             FRONT_DOORS[front_door](model, options, functools.partial(_Watch, result))
             # Steps of a fragmented decoder may disagree on which keys exist. That is a finding, not the end.
             with _quiet(), _noting(result):

@@ -83,6 +83,8 @@ _METHOD_NAMES = {
     "divide": "div",
     "true_divide": "div",
     "__getitem__": "getitem",
+    "__eq__": "eq",  # what `x == 1` is in older releases of torch
+    "__ne__": "ne",
 }
 # Dynamo writes these attributes as `getattr(x, "mT")`.
 _ATTRIBUTE_VIEWS = frozenset({"T", "H", "mT", "mH", "real", "imag"})

@@ -1,5 +1,6 @@
 """Reports that several tests read, each made once, and small models that take no time to explain."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -43,6 +44,14 @@ def _explained(name: str, door: str, lazy: bool, settings: tuple[tuple[str, Any]
     return avl_fx.explain(
         model, plan, front_door=door, run=run, keep_graphs=True, **dict(settings), **zoo.inputs(model, 2)
     )
+
+
+def encodes_images_ahead(model: nn.Module) -> bool:
+    """Whether `generate` encodes images before it calls the model: newer releases of transformers do, for some models.
+
+    Otherwise the vision encoder runs within the forward, and is compiled along with it.
+    """
+    return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
 
 
 @cache

@@ -14,7 +14,17 @@ from avl_fx._words import kib
 from avl_fx.errors import AvlError, CacheStateError, CaptureError, OptionError, PlanMismatchError, UnsupportedPlanError
 from avl_fx.record import recording
 from avl_fx.regions import compiled_plan
-from tests.avl_fx._explained import BLOCK, LAZY, TOKENS, Tiny, explained, tiny, tiny_inputs, zoo_model
+from tests.avl_fx._explained import (
+    BLOCK,
+    LAZY,
+    TOKENS,
+    Tiny,
+    encodes_images_ahead,
+    explained,
+    tiny,
+    tiny_inputs,
+    zoo_model,
+)
 from tests.zoo import get
 
 CASES = [
@@ -108,10 +118,10 @@ def test_vision_towers():
     assert [(t.path, t.layers, t.sites_per_layer) for t in encoders] == [("tower", (0, 1), 1)]
 
 
-def test_generate_runs_the_vision_tower_outside_of_forward():
-    report = explained("llava")
-    assert [t.role for t in report.towers] == ["decoder"]
-    assert any("model.vision_tower ran eagerly" in line for line in report.advice)
+def test_generate_may_run_the_vision_tower_outside_of_forward():
+    report, ahead = explained("llava"), encodes_images_ahead(zoo_model("llava"))
+    assert [t.role for t in report.towers] == (["decoder"] if ahead else ["encoder", "decoder"])
+    assert any("model.vision_tower ran eagerly" in line for line in report.advice) == ahead
     assert not any("vision" in line for line in explained("qwen2_5_vl", "avl_fx.compile").advice)
 
 
@@ -313,12 +323,36 @@ def test_compiled_model_keeps_its_code(how, door):
     torch._dynamo.reset()
 
 
-def test_explain_uses_up_no_recompile_limit():
-    model, inputs = tiny(), tiny_inputs()
+class Broken(nn.Module):
+    """Its layers are functions of their own to Dynamo, behind graph breaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("make", [tiny, Broken])
+def test_explain_uses_up_no_recompile_limit(make):
+    model, inputs = make(), tiny_inputs()
     for _ in range(10):
         avl_fx.explain(model, **inputs)
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         torch.compile(model.forward, backend="eager")(**inputs)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("door", ["torch.compile", "avl_fx.compile"])
+@pytest.mark.parametrize("make", [tiny, Broken])
+def test_explain_sees_a_model_whose_recompile_limit_is_used_up(make, door):
+    model = make()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for length in (3, 4):
+            torch.compile(model, backend="eager", dynamic=False)(**tiny_inputs(length))
+        assert len(avl_fx.explain(model, front_door=door, **tiny_inputs()).graphs) == 1
     torch._dynamo.reset()
 
 

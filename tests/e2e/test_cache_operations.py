@@ -178,6 +178,11 @@ def copy_rows(session):
 
 
 def a_wrong_crop(session):
+    stored = DynamicCache()
+    stored.update(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8), 0)
+    with contextlib.suppress(ValueError):
+        stored.crop(3)
+        pytest.skip("this release of transformers takes a positive number for the length that remains")
     session.prompt()
     session.steps(2)
     with pytest.raises(ValueError, match="positive"):

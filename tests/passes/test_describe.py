@@ -36,7 +36,7 @@ class Attention(nn.Module):
         elif cache is not None:
             keys, values, at = cache
             key, value = keys.index_copy_(2, at, key), values.index_copy_(2, at, value)
-        causal = mask == "flag"
+        causal = isinstance(mask, str) and mask == "flag"
         mask = position_mask(mask, x) if isinstance(mask, str) and not causal else None if causal else mask
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         out = out.transpose(1, 2).reshape(x.shape)
