@@ -14,10 +14,11 @@ from avl_fx.kernels.partitioned_decode.capacity import with_spare_row
 from avl_fx.kernels.partitioned_decode.triton import (
     BLOCK_KEYS,
     LOG2_E,
+    _extent,
     _hides,
     _logits,
     _mask,
-    _ranges,
+    _range,
     _update,
     merge_kernel,
     partitioned_decode_triton,
@@ -95,9 +96,9 @@ def inherit_kernel(
     """Attention of one group of heads over one split of what its batch row reads; ``OWN``: not all is inherited;
     ``ANCHOR``: keys are, and not logits."""
     program = tl.program_id(0).to(tl.int64)
-    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     batch_row, kv_head = program // kv_heads, program % kv_heads
-    g, d, v = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    g, n, d, v = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     head = kv_head * GROUP + g
     value += batch_row * value_batch + kv_head * value_head
     if ANCHOR:
@@ -110,69 +111,71 @@ def inherit_kernel(
         in_query = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
         q = tl.load(query + batch_row * query_batch + head[:, None] * query_head + d[None, :], mask=in_query, other=0.0)
         key += batch_row * key_batch + kv_head * key_head
-        their_start, their_length = _ranges(inherited, batch_row, anchor_keys, inherited_entries, BLOCK_I)
+        their_used, _ = _extent(inherited, batch_row, anchor_keys, inherited_entries, BLOCK_I)
 
-    start, length = _ranges(segments, batch_row, keys, entries, BLOCK_S)
-    behind = tl.cumsum(length, 0)
-    before = behind - length
-    count = tl.sum(length, 0)
+    used, count = _extent(segments, batch_row, keys, entries, BLOCK_S)
     share = tl.cdiv(tl.cdiv(count, splits), BLOCK_K) * BLOCK_K
     first = split * share
     end = tl.minimum(first + share, count)
 
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
-    out = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
-    for at in range(first, end, BLOCK_K):
-        number = at + tl.arange(0, BLOCK_K)
-        read = number < end
-        within = (number[:, None] >= before[None, :]) & (number[:, None] < behind[None, :])
-        position = tl.sum(tl.where(within, number[:, None] - before[None, :] + start[None, :], 0), axis=1)
-        if MASK != "none":
-            bias = _hides(mask, g, position, read, mask_head, mask_key, GROUP, MASK)
-            read = read & (tl.max(bias, axis=0) != float("-inf"))
-        if OWN:
-            # How far each key is behind the start of each inherited range: inside it, it is inherited.
-            behind_start = position[:, None] - their_start[None, :]
-            covered = (behind_start >= 0) & (behind_start < their_length[None, :])
-            is_theirs = tl.max(covered.to(tl.int32), axis=1) > 0
-            earlier = tl.sum(tl.minimum(tl.maximum(behind_start, 0), their_length[None, :]), axis=1)
-            row = position - tl.minimum(earlier, left_out)
-            in_key = (read & (is_theirs == 0))[:, None] & (d < HEAD_DIM)[None, :]
-            k = tl.load(key + row[:, None] * key_row + d[None, :], mask=in_key, other=0.0)
-            if ANCHOR:
-                in_anchor = (read & is_theirs)[:, None] & (d < HEAD_DIM)[None, :]
-                their_key = anchor_key + position[:, None] * anchor_row + d[None, :]
-                k = tl.where(is_theirs[:, None], tl.load(their_key, mask=in_anchor, other=0.0), k)
-            logits = _logits(q, k, scale, BLOCK_G)
+    sums = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
+    before = first * 0
+    for number in range(used):
+        begin, here = _range(segments, batch_row, keys, entries, number)
+        low, high = tl.maximum(first - before, 0), tl.minimum(end - before, here)
+        for at in range(low, high, BLOCK_K):
+            read = at + n < high
+            position = begin + at + n
             if MASK != "none":
-                logits = logits + bias
-        if not ANCHOR:
-            in_logits = (g < GROUP)[:, None] & read[None, :]
+                bias = _hides(mask, g, position, read, mask_head, mask_key, GROUP, MASK)
+                read = read & (tl.max(bias, axis=0) != float("-inf"))
             if OWN:
-                in_logits = in_logits & is_theirs[None, :]
-            theirs = g.to(tl.int64)[:, None] * keys + position[None, :]
-            given = tl.load(inherited_logits + theirs, mask=in_logits, other=float("-inf")) * LOG2_E
-            logits = tl.where(is_theirs[None, :], given, logits) if OWN else given
-        if MASK != "none":
-            logits = tl.where(bias == float("-inf"), float("-inf"), logits)
-        logits = tl.where(read[None, :], logits, float("-inf"))
-        # What no head of the group sees may hold anything.
-        read = read & (tl.max(tl.where((g < GROUP)[:, None], logits, float("-inf")), axis=0) != float("-inf"))
-        p, factor, most, total = _update(logits, most, total)
-        in_value = read[:, None] & (v < VALUE_DIM)[None, :]
-        x = tl.load(value + position[:, None] * value_row + v[None, :], mask=in_value, other=0.0)
-        if BLOCK_G == 1:
-            product = tl.sum(tl.trans(p) * x.to(tl.float32), axis=0)[None, :]
-        else:
-            product = tl.dot(p.to(x.dtype), x, input_precision="ieee")
-        out = out * factor[:, None] + product
+                # How far each key is behind the start of each inherited range: inside it, it is inherited.
+                is_theirs, earlier = position < 0, position * 0
+                for theirs in range(their_used):
+                    their_start, their_length = _range(inherited, batch_row, anchor_keys, inherited_entries, theirs)
+                    behind_start = position - their_start
+                    is_theirs = is_theirs | ((behind_start >= 0) & (behind_start < their_length))
+                    earlier += tl.minimum(tl.maximum(behind_start, 0), their_length)
+                row = position - tl.minimum(earlier, left_out)
+                in_key = (read & (is_theirs == 0))[:, None] & (d < HEAD_DIM)[None, :]
+                k = tl.load(key + row[:, None] * key_row + d[None, :], mask=in_key, other=0.0)
+                if ANCHOR:
+                    in_anchor = (read & is_theirs)[:, None] & (d < HEAD_DIM)[None, :]
+                    their_key = anchor_key + position[:, None] * anchor_row + d[None, :]
+                    k = tl.where(is_theirs[:, None], tl.load(their_key, mask=in_anchor, other=0.0), k)
+                logits = _logits(q, k, scale, BLOCK_G)
+                if MASK != "none":
+                    logits = logits + bias
+            if not ANCHOR:
+                in_logits = (g < GROUP)[:, None] & read[None, :]
+                if OWN:
+                    in_logits = in_logits & is_theirs[None, :]
+                at_logits = inherited_logits + g.to(tl.int64)[:, None] * keys + position[None, :]
+                given = tl.load(at_logits, mask=in_logits, other=float("-inf")) * LOG2_E
+                logits = tl.where(is_theirs[None, :], given, logits) if OWN else given
+            if MASK != "none":
+                logits = tl.where(bias == float("-inf"), float("-inf"), logits)
+            logits = tl.where(read[None, :], logits, float("-inf"))
+            # What no head of the group sees may hold anything.
+            read = read & (tl.max(tl.where((g < GROUP)[:, None], logits, float("-inf")), axis=0) != float("-inf"))
+            p, factor, most, total = _update(logits, most, total)
+            in_value = read[:, None] & (v < VALUE_DIM)[None, :]
+            x = tl.load(value + position[:, None] * value_row + v[None, :], mask=in_value, other=0.0)
+            if BLOCK_G == 1:
+                product = tl.sum(tl.trans(p) * x.to(tl.float32), axis=0)[None, :]
+            else:
+                product = tl.dot(p.to(x.dtype), x, input_precision="ieee")
+            sums = sums * factor[:, None] + product
+        before += here
 
     part = (program * splits + split) * GROUP + g
     tl.store(part_max + part, most, mask=g < GROUP)
     tl.store(part_sum + part, total, mask=g < GROUP)
     in_out = (g < GROUP)[:, None] & (v < VALUE_DIM)[None, :]
-    tl.store(part_out + part[:, None] * VALUE_DIM + v[None, :], out, mask=in_out)
+    tl.store(part_out + part[:, None] * VALUE_DIM + v[None, :], sums, mask=in_out)
 
 
 def inherited_decode_triton(

@@ -30,21 +30,22 @@ LOWEST = tl.constexpr(-2e38)
 
 
 @triton.jit
-def _ranges(segments, batch_row, keys, entries, BLOCK_S: tl.constexpr):
-    """Starts and clipped lengths of the ranges of one batch row, ``[BLOCK_S]`` int64."""
-    entry = tl.arange(0, BLOCK_S)
-    at = segments + (batch_row * entries + entry) * 2
-    start = tl.load(at, mask=entry < entries, other=0)
-    length = tl.load(at + 1, mask=entry < entries, other=0)
-    return start, tl.maximum(tl.minimum(length, keys - start), 0)
-
-
-@triton.jit
 def _range(segments, batch_row, keys, entries, number):
     """Start, and clipped length int32, of one range of a batch row."""
     at = segments + (batch_row * entries + number) * 2
     start = tl.load(at)
     return start, tl.maximum(tl.minimum(tl.load(at + 1), keys - start), 0).to(tl.int32)
+
+
+@triton.jit
+def _extent(segments, batch_row, keys, entries, BLOCK_S: tl.constexpr):
+    """Entries up to the last range of a batch row that is not empty, and how many keys all of them hold, int32."""
+    entry = tl.arange(0, BLOCK_S)
+    at = segments + (batch_row * entries + entry) * 2
+    start = tl.load(at, mask=entry < entries, other=0)
+    length = tl.load(at + 1, mask=entry < entries, other=0)
+    length = tl.maximum(tl.minimum(length, keys - start), 0)
+    return tl.max(tl.where(length > 0, entry + 1, 0), axis=0), tl.sum(length, 0).to(tl.int32)
 
 
 @triton.jit
@@ -151,9 +152,7 @@ def attend_kernel(
         if KEEP == "wanted":
             keeps = keeps & (tl.load(keep_if) != 0)
 
-    _, length = _ranges(segments, batch_row, keys, entries, BLOCK_S)
-    used = tl.max(tl.where(length > 0, tl.arange(0, BLOCK_S) + 1, 0), axis=0)
-    count = tl.sum(length, 0).to(tl.int32)
+    used, count = _extent(segments, batch_row, keys, entries, BLOCK_S)
     share = tl.cdiv(tl.cdiv(count, splits), BLOCK_K) * BLOCK_K
     first = split * share
     end = tl.minimum(first + share, count)
@@ -197,8 +196,8 @@ def attend_kernel(
         x = tl.load(new_value + batch_row * new_value_batch + kv_head * new_value_head + v, mask=in_value, other=0.0)
         tl.store(key + row * key_row + d, k, mask=in_key)
         tl.store(value + row * value_row + v, x, mask=in_value)
-        _, longer = _ranges(segments, batch_row, row + 1, entries, BLOCK_S)
-        seen = (g < GROUP) & (tl.sum(longer - length, 0) > 0)
+        _, longer = _extent(segments, batch_row, row + 1, entries, BLOCK_S)
+        seen = (g < GROUP) & (longer > count)
         logit = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * (scale * LOG2_E)
         if MASK != "none":
             here, there = tl.full([1], 1, tl.int1), row + tl.zeros([1], tl.int64)
@@ -286,8 +285,7 @@ def weigh_kernel(
         split, splits = tl.program_id(1), tl.num_programs(1)
         batch_row = program // kv_heads
         g, n = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K)
-        _, length = _ranges(segments, batch_row, keys, entries, BLOCK_S)
-        used = tl.max(tl.where(length > 0, tl.arange(0, BLOCK_S) + 1, 0), axis=0)
+        used, _ = _extent(segments, batch_row, keys, entries, BLOCK_S)
         norm = tl.load(lse + program * GROUP + g, mask=g < GROUP, other=float("inf"))
         share = tl.cdiv(tl.cdiv(keys, splits), BLOCK_K) * BLOCK_K
         first = split * share

@@ -18,6 +18,8 @@ from transformers import Dinov2Config, LlamaConfig, LlavaForConditionalGeneratio
 
 from avl_fx import Plan
 from examples.petite_vlm import parts
+from examples.petite_vlm.ahead import Ahead
+from examples.petite_vlm.convert import name_in_older_release
 from examples.petite_vlm.data import Question, by_image, load_questions, shuffled_partner
 from examples.petite_vlm.features import encode
 from examples.petite_vlm.lazy_tuning import calibrated, tune
@@ -28,14 +30,15 @@ from examples.petite_vlm.model import (
     MIXTURE,
     build_config,
     load_petite_vlm,
+    named_as_here,
     read_adapter,
     trained_at,
     trained_under,
 )
 from examples.petite_vlm.onnx_weights import Node, read_onnx
 from examples.petite_vlm.packing import Encoded, loss_and_hits, pack, packed_logits
-from examples.petite_vlm.parts import ChecksumError, DownloadError, Part, build_once, fetch
-from examples.petite_vlm.sources import Epochs
+from examples.petite_vlm.parts import ChecksumError, DownloadError, Part, PartsError, build_once, fetch
+from examples.petite_vlm.sources import Epochs, Mixture
 from examples.petite_vlm.trainer import Recipe, Trainer, teacher_forced_accuracy
 from tests.oracle import lazy_oracle
 
@@ -527,6 +530,34 @@ def test_readme_states_what_tuning_won_back():
 @pytest.fixture(scope="module")
 def petite():
     return load_petite_vlm()
+
+
+def test_weights_go_by_the_names_of_this_release():
+    model = tiny_model()
+    own = dict(model.state_dict())
+    assert named_as_here(model.config, own).keys() == own.keys()
+    newest = {f"model.vision_tower.encoder.layer.0.attention.{name}.weight" for name in ("q_proj", "o_proj")}
+    older = {
+        "model.vision_tower.encoder.layer.0.attention.attention.query.weight",
+        "model.vision_tower.encoder.layer.0.attention.output.dense.weight",
+    }
+    assert {name_in_older_release(name) for name in newest} == older
+    assert newest <= own.keys() or older <= own.keys()
+    lacking = {name: value for name, value in own.items() if name != "model.vision_tower.layernorm.weight"}
+    with pytest.raises(PartsError, match=r"names 1 weights otherwise, for example model\.vision_tower\.layernorm"):
+        named_as_here(model.config, lacking)
+
+
+@pytest.mark.slow
+def test_pictures_painted_ahead_are_the_same(petite):
+    model, processor = petite
+    mixture = Mixture(model, processor, {"words": 2, "composites": 1}, 3, 2, seed=5)
+    ahead = Ahead(mixture, steps=3, processes=2)
+    assert ahead.prefix == mixture.prefix
+    for step in (1, 2, 0):  # another step than the next one starts anew
+        rows = mixture.rows_of(step)
+        assert ahead.rows_of(step) == rows
+        assert torch.equal(ahead.features_of(rows[1:]), mixture.features_of(rows[1:]))
 
 
 @pytest.mark.slow

@@ -208,11 +208,15 @@ def test_decode_in_a_cuda_graph() -> None:
         )
         assert error(results["out"], expected[0]) <= TOLERANCE[torch.bfloat16]
         assert error(results["weights"], expected[1]) <= WEIGHTS
-    before = results["weights"].clone()
     wanted.zero_()
     table.copy_(ranges(*RAGGED))
     graph.replay()
-    assert torch.equal(results["weights"], before), "weights that nobody asked for are not computed"
+    expected = partitioned_decode.partitioned_decode_reference(
+        query, key, value, None, None, None, table, wish(True), SCALE
+    )
+    assert error(results["out"], expected[0]) <= TOLERANCE[torch.bfloat16]
+    # What they hold instead is nobody's business; here even memory that nobody wrote is filled anew.
+    assert error(results["weights"], expected[1]) > 0.1, "weights that nobody asked for are not computed"
 
 
 def test_decode_opcheck() -> None:
