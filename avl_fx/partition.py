@@ -99,7 +99,7 @@ class Partition:
     core_segments: Tensor
     secondary_segments: Tensor
     most_secondary: int
-    """Rows of secondary in any batch row. A number of the host, as the next: nothing waits for the device."""
+    """At least the rows of secondary in any batch row. A number of the host, as the next: nobody asks the device."""
     most_entering: int
     """At least as many rows as a refresh may bring into core, in any batch row."""
     length: int

@@ -24,9 +24,12 @@ used. So the table of later layers begins at a multiple of 16 bytes as well, and
 def _cache(like, table, layer, ENTRY: tl.constexpr, ALIGNED: tl.constexpr):
     """The cache of a layer: by its address, with the type of ``like``; that itself where there is no table."""
     if table is None:
-        return like
-    address = tl.load(table + layer * ENTRIES + ENTRY).to(like.dtype)
-    return tl.multiple_of(address, 16) if ALIGNED else address
+        cache = like
+    elif ALIGNED:
+        cache = tl.multiple_of(tl.load(table + layer * ENTRIES + ENTRY).to(like.dtype), 16)
+    else:
+        cache = tl.load(table + layer * ENTRIES + ENTRY).to(like.dtype)
+    return cache
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_MINE, BLOCK_OTHERS, BLOCK_PAIRED, BLOCK_SWAPPED = 32, 128, 1024, 128
+BLOCK_MINE, BLOCK_OTHERS, BLOCK_PAIRED, BLOCK_SWAPPED = 16, 128, 1024, 128
 SIZES = ("batch", "groups", "keys", "visual", "width", "most")
 """Change from prompt to prompt, some at every step, and no address is aligned by them: one compilation serves all."""
 
@@ -21,7 +21,8 @@ def _scored(scores, slots, tokens, j, count):
     there = j < count
     slot = tl.load(slots + j, mask=there, other=0)
     score = tl.load(scores + slot, mask=there, other=float("-inf"))
-    return tl.where(score != score, float("inf"), score), tl.load(tokens + j, mask=there, other=0)
+    token = tl.load(tokens + j, mask=there, other=0).to(tl.int32)  # fewer registers
+    return tl.where(score != score, float("inf"), score), token
 
 
 @triton.jit(do_not_specialize=SIZES[:5])

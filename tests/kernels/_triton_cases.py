@@ -308,15 +308,17 @@ def test_moves_of_awkward_lengths(keys: int) -> None:
         assert torch.equal(moved, test_partition.expected(key, source, slots))
 
 
-@pytest.mark.parametrize("most_scratch", [2**28, 5000, 1])
 @pytest.mark.parametrize("layout", test_partition.LAYOUTS)
 @pytest.mark.parametrize("dtype", test_partition.DTYPES, ids=str)
-def test_moves_of_several_layers(
-    layout: str, dtype: torch.dtype, most_scratch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whether they fit into the scratch memory together, two by two or one by one."""
-    monkeypatch.setattr(partition_kernels, "MOST_SCRATCH", most_scratch)
+def test_moves_of_several_layers(layout: str, dtype: torch.dtype) -> None:
     test_partition.check_layers(layout, dtype, move_layers)
+
+
+@pytest.mark.parametrize("most_scratch", [5000, 1])
+def test_moves_of_layers_that_take_turns(most_scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two or one of them fit into the scratch memory."""
+    monkeypatch.setattr(partition_kernels, "MOST_SCRATCH", most_scratch)
+    test_partition.check_layers("part of a buffer", torch.float32, move_layers)
 
 
 @pytest.mark.parametrize("which", [0, 1])
