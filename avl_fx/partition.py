@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -26,6 +26,8 @@ from torch import Tensor
 
 from avl_fx.kernels.partition.native import reselect_native
 from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
+from avl_fx.kernels.reselect import reselect
+from avl_fx.moves import Moves
 from avl_fx.policies import TextPolicy, VisionPolicy
 from avl_fx.record import Undivided, note_division
 from avl_fx.stored_rows import StoredRows
@@ -53,6 +55,15 @@ def everything(like: Tensor, weigh: bool = False) -> tuple[Tensor, Tensor]:
         Key ranges int64 ``[batch, MAX_SEGMENTS, 2]`` and whether softmax rows are wanted, int32 ``[1]``.
     """
     return _everything(like.shape[0], like.device, weigh)
+
+
+def one_by_one(device: torch.device) -> bool:
+    """Whether layers choose and move their rows one after the other: on a CPU.
+
+    There a call costs little, and only the rows that change places are named. Elsewhere all layers are served at once,
+    and nothing asks the device how many these are.
+    """
+    return device.type == "cpu"
 
 
 @lru_cache(maxsize=64)
@@ -87,6 +98,10 @@ class Partition:
     secondary_runs: Ranges
     core_segments: Tensor
     secondary_segments: Tensor
+    most_secondary: int
+    """At least the rows of secondary in any batch row. A number of the host, as the next: nobody asks the device."""
+    most_entering: int
+    """At least as many rows as a refresh may bring into core, in any batch row."""
     length: int
     """Keys in the cache."""
     text: TextWindow | None = None
@@ -219,67 +234,61 @@ class Partition:
 
     # ---- moving rows -----------------------------------------------------------------------------------------------
 
-    def first_order(self, layer: int, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Rank the visual keys of ``layer`` by ``scores`` ``[B, KV, keys]``: core first, then secondary, then minor.
+    def first_moves(self, scores: Mapping[int, Tensor]) -> Iterator[Moves]:
+        """Rank the visual keys of each layer by its scores ``[B, KV, keys]``: core first, then secondary, then minor.
 
-        Within each they keep their order. Returns ``(source, slots)`` as `avl::partition_` takes them.
+        Within each they keep their order.
         """
-        scores = self._of_slots(scores, self.slots)
-        rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        zone = (rank >= self.core[:, None, None]).long() + (rank >= self.secondary[:, None, None]).long()
-        order = zone.argsort(dim=-1, stable=True)
-        earlier = self.tokens.get(layer)
-        self.tokens[layer] = order if earlier is None else earlier.to(order.device).gather(2, order)
-        slots = self.slots[:, None].expand_as(order)
-        return slots.gather(2, order), slots
+        for layers, rows in self._stacked(scores):
+            places = self.slots[:, None].expand(-1, rows.shape[2], -1)
+            ranked = rows.gather(3, places.clamp(min=0).expand(len(layers), -1, -1, -1))
+            ranked = ranked.masked_fill(places < 0, -torch.inf)
+            rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+            zone = (rank >= self.core[:, None, None]).long() + (rank >= self.secondary[:, None, None]).long()
+            order = zone.argsort(dim=-1, stable=True)
+            for layer, its_order in zip(layers, order, strict=True):
+                earlier = self.tokens.get(layer)
+                self.tokens[layer] = its_order if earlier is None else earlier.to(order.device).gather(2, its_order)
+            slots = places.expand_as(order)
+            yield Moves(layers, slots.gather(3, order), slots)
 
-    def next_order(self, layer: int, weights: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Pick core anew among secondary by one step's softmax rows ``[B, KV, keys]``.
+    def next_moves(self, weights: Mapping[int, Tensor]) -> Iterator[Moves]:
+        """Pick core of each layer anew among secondary by one step's softmax rows ``[B, KV, keys]``.
 
-        Returns ``(source, slots)`` of the rows that change places, or ``None`` when none does.
+        Yields nothing where it is known that no row changes places.
         """
-        width = int(self.secondary.max())
-        if width == 0:
-            return None
-        if weights.device.type == "cpu":
-            room = 2 * int(torch.minimum(self.core, self.secondary - self.core).max())
-            moved = reselect_native(weights, self.slots, self.tokens[layer], self.core, self.secondary, room)
-            if moved is not None:
-                return moved if moved[0].shape[2] else None
-        slots, tokens = self.slots[:, :width], self.tokens[layer][..., :width]
-        index = torch.arange(width, device=slots.device)
-        scores = self._of_slots(weights, slots)
-        scores = scores.masked_fill(index >= self.secondary[:, None, None], -torch.inf)
-        # Equal scores go to the earlier token.
-        by_token = tokens.argsort(-1)
-        rank = torch.empty_like(by_token)
-        best = by_token.gather(2, scores.gather(2, by_token).argsort(dim=-1, descending=True, stable=True))
-        rank.scatter_(2, best, index.expand_as(best))
-        wanted, inside = rank < self.core[:, None, None], index < self.core[:, None, None]
-        entering, leaving = wanted & ~inside, ~wanted & inside
-        moves = int(entering.sum(-1).max())
-        if moves == 0:
-            return None
-        here = leaving.long().argsort(dim=-1, descending=True, stable=True)[..., :moves]
-        there = entering.long().argsort(dim=-1, descending=True, stable=True)[..., :moves]
-        real = entering.gather(2, there)
-        pairs, partners = torch.cat([here, there], -1), torch.cat([there, here], -1)
-        real = torch.cat([real, real], -1)
-        all_slots = slots[:, None].expand_as(tokens)
-        target = all_slots.gather(2, pairs).masked_fill(~real, -1)
-        source = all_slots.gather(2, partners).masked_fill(~real, 0)
-        # Rows with fewer moves than others write into a column of their own, which is thrown away.
-        padded = torch.cat([tokens, tokens[..., :1]], -1)
-        padded.scatter_(2, pairs.masked_fill(~real, width), tokens.gather(2, partners))
-        self.tokens[layer][..., :width] = padded[..., :width]
-        return source, target
+        if self.most_entering == 0:
+            return
+        if all(one_by_one(rows.device) for rows in weights.values()):
+            for layer, rows in weights.items():
+                order = self._native_order(layer, rows)
+                if order is None:
+                    yield from self._next_moves({layer: rows})
+                elif order[0].shape[2]:
+                    yield Moves.of(layer, order)
+        else:
+            yield from self._next_moves(weights)
 
-    def _of_slots(self, rows: Tensor, slots: Tensor) -> Tensor:
-        """``rows`` ``[B, KV, keys]`` at ``slots``: ``[B, G, slots]``, minus infinity where there is no slot."""
-        if self.policy.scores == "shared":
-            rows = rows.mean(1, keepdim=True)
-        index = slots[:, None].expand(-1, rows.shape[1], -1)
-        return rows.gather(2, index.clamp(min=0)).masked_fill(index < 0, -torch.inf)
+    def _native_order(self, layer: int, weights: Tensor) -> tuple[Tensor, Tensor] | None:
+        room = 2 * self.most_entering
+        return reselect_native(weights, self.slots, self.tokens[layer], self.core, self.secondary, room)
+
+    def _next_moves(self, weights: Mapping[int, Tensor]) -> Iterator[Moves]:
+        for layers, rows in self._stacked(weights):
+            tokens = torch.stack([self.tokens[layer] for layer in layers])
+            sizes = self.most_secondary, self.most_entering
+            source, slots = reselect(rows, self.slots, tokens, self.core, self.secondary, *sizes)
+            self.tokens.update(zip(layers, tokens, strict=True))
+            yield Moves(layers, source, slots)
+
+    def _stacked(self, rows: Mapping[int, Tensor]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """``rows`` ``[B, KV, keys]`` of layers that are served at once, as ``[layers, B, G, keys]``."""
+        alike: dict[Any, list[int]] = {}
+        for layer, tensor in rows.items():
+            alike.setdefault(layer if one_by_one(tensor.device) else tensor.shape, []).append(layer)
+        for layers in alike.values():
+            stacked = torch.stack([rows[layer] for layer in layers])
+            yield tuple(layers), stacked.mean(2, keepdim=True) if self.policy.scores == "shared" else stacked
 
     # ---- compact caches ---------------------------------------------------------------------------------------------
 
@@ -513,6 +522,8 @@ def _reads(
         "secondary_runs": _runs(slots, secondary),
         "core_segments": _segments(core_ranges),
         "secondary_segments": _segments(secondary_ranges),
+        "most_secondary": int(secondary.max()),
+        "most_entering": int(torch.minimum(core, secondary - core).max()),
     }
 
 

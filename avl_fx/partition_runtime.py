@@ -19,8 +19,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from avl_fx.errors import CacheStateError
 from avl_fx.growing import COMPACT_SPARE_ROWS, room, shorter
-from avl_fx.kernels.partition import partition_
+from avl_fx.kernels.partition import partition_, partition_layers_
 from avl_fx.modality import given, given_keys
+from avl_fx.moves import Moves
 from avl_fx.partition import Partition, everything, find_partition
 from avl_fx.passes.context import CachedTensor, PartitionedLayer, PartitionIO
 from avl_fx.plan import Plan
@@ -226,10 +227,9 @@ class PartitionRuntime:
         note_division(_counted(partition))
         partition.model = self._model(args)
         partition.to(next(iter(keys.values())).device)
-        for layer in self.layers:
-            if layer.decides and not self.policy.is_identity:
-                order = partition.first_order(layer.layer, scores[layer.layer])
-                self._move(layer, order, args, outputs)
+        if not self.policy.is_identity:
+            for moves in partition.first_moves({layer: scores[layer] for layer in self._deciding()}):
+                self._move(moves, args, outputs)
         self._forget(partition, args, outputs, scores, appended=False)
         # A later turn of text alone may still be taken back: assisted decoding does.
         only_text = stored is not None and partition.text is None and not visual[:, old:].any()
@@ -285,11 +285,8 @@ class PartitionRuntime:
         scores: dict[int, Tensor],
     ) -> Partition:
         if partition.refreshes and not self.policy.is_identity:
-            for layer in self.layers:
-                if layer.decides:
-                    order = partition.next_order(layer.layer, scores[layer.layer])
-                    if order is not None:
-                        self._move(layer, order, args, outputs, partition, text=False)
+            for moves in partition.next_moves({layer: scores[layer] for layer in self._deciding()}):
+                self._move(moves, args, outputs, partition, text=False)
         stored = partition.stored
         if partition.text is not None:
             partition.text.append(partition.length, None if stored is None else stored.length)
@@ -307,11 +304,9 @@ class PartitionRuntime:
 
     def _let_go(self, partition: Partition, args: Sequence[Any], outputs: list[Any]) -> None:
         """A compact cache stores no row that the step drove out."""
-        moves = partition.close_ranks()
-        if moves is not None:
-            for layer in self.layers:
-                if layer.decides:
-                    self._move(layer, moves, args, outputs, partition)
+        order = partition.close_ranks()
+        if order is not None:
+            self._move(Moves.alike(self._deciding(), order), args, outputs, partition)
         assert partition.stored is not None
         for position, keyless in self._positions():
             left_out = partition.stored.keyless if keyless else 0
@@ -327,45 +322,47 @@ class PartitionRuntime:
     ) -> None:
         if partition.text is None:
             return
-        for layer in self.layers:
-            if layer.decides:
-                order = partition.text.forget(layer.layer, scores[layer.layer], appended)
-                if order is not None:
-                    device = scores[layer.layer].device
-                    order = order[0].to(device), order[1].to(device)
-                    self._move(layer, order, args, outputs, partition if self.decode else None)
+        for layer in self._deciding():
+            order = partition.text.forget(layer, scores[layer], appended)
+            if order is not None:
+                device = scores[layer].device
+                order = order[0].to(device), order[1].to(device)
+                self._move(Moves.of(layer, order), args, outputs, partition if self.decode else None)
         partition.text.settle(appended)
 
     def _move(
         self,
-        anchor: PartitionedLayer,
-        order: tuple[Tensor, Tensor],
+        moves: Moves,
         args: Sequence[Any],
         outputs: Sequence[Any],
         partition: Partition | None = None,
         text: bool = True,
     ) -> None:
-        """Reorder the rows of ``anchor`` and of the lazy layers that follow it.
+        """Reorder the rows of the layers that decide and of the lazy layers that follow them.
 
         Args:
-            anchor: the layer that decides.
-            order: ``(source, slots)`` as `avl::partition_` takes them.
+            moves: what the deciding layers want.
             args: the graph's inputs.
             outputs: the model's own outputs of the graph.
             partition: the state where keys of lazy layers may lack visual rows; ``None``: they have all of them.
             text: whether rows of text move.
         """
-        moved = None
+        orders = {layer: number for number, layer in enumerate(moves.layers)}
+        fewer: dict[int, tuple[Tensor, Tensor]] = {}
+        caches = []
         for layer in self.layers:
-            if layer.scores_from == anchor.layer:
+            order = orders.get(layer.scores_from)
+            if order is not None:
                 key = None if layer.key is None else self._after(args, outputs, layer.key)
                 value = self._after(args, outputs, layer.value)
                 if layer.keyless and partition is not None and partition.lacks_keys:
                     if text:
-                        moved = moved or partition.moved_keys(order)
-                        partition_(key, None, *moved)
+                        if order not in fewer:
+                            fewer[order] = partition.moved_keys(moves.order(order))
+                        partition_(key, None, *fewer[order])
                     key = None
-                partition_(key, value, *order)
+                caches.append((key, value, order))
+        partition_layers_(caches, moves.source, moves.slots)
 
     def _put_back(self, partition: Partition, args: Sequence[Any], outputs: Sequence[Any]) -> None:
         """The partition ends: no crop may find a row elsewhere than it entered."""
@@ -376,6 +373,10 @@ class PartitionRuntime:
                 partition_(tensor, None, source.to(tensor.device), slots)
 
     # ---- finding tensors -------------------------------------------------------------------------------------------
+
+    def _deciding(self) -> list[int]:
+        """The layers that decide which keys matter."""
+        return [layer.layer for layer in self.layers if layer.decides]
 
     def _cached(self) -> list[CachedTensor]:
         return [c for layer in self.layers for c in (layer.key, layer.value) if c is not None]

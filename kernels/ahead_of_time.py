@@ -184,6 +184,21 @@ def _moves(dtype: torch.dtype, both: bool) -> None:
     partition_triton(key, torch.zeros_like(key) if both else None, index, index)
 
 
+def _moves_of_layers(dtype: torch.dtype) -> None:
+    from avl_fx.kernels.partition.triton import partition_layers_triton
+
+    key, index = torch.zeros(2, 4, 64, 128, dtype=dtype), torch.zeros(3, 2, 4, 32, dtype=torch.int64)
+    partition_layers_triton([(key, torch.zeros_like(key), order) for order in range(3)], index, index)
+
+
+def _reselect(groups: int) -> None:
+    from avl_fx.kernels.reselect.triton import reselect_triton
+
+    slots, tokens = torch.zeros(2, 60, dtype=torch.int64), torch.zeros(3, 2, groups, 60, dtype=torch.int64)
+    core, secondary = (torch.full((2,), n) for n in (20, 30))
+    reselect_triton(torch.zeros(3, 2, groups, 80), slots, tokens, core, secondary, 30, 10)
+
+
 SPECIMENS: dict[str, tuple[str, Callable[[], None]]] = {
     "bfloat16, 32/8 heads": ("partitioned_decode", lambda: _decode(torch.bfloat16, 32, 8, "none", True)),
     "float16, 28/4 heads, bool mask": ("partitioned_decode", lambda: _decode(torch.float16, 28, 4, "bool", True)),
@@ -219,6 +234,8 @@ SPECIMENS: dict[str, tuple[str, Callable[[], None]]] = {
     "float32, 12/12 heads, bias": ("visual_scores", lambda: _scores(torch.float32, 12, 12, "additive", 1, 64)),
     "bfloat16": ("partition", lambda: _moves(torch.bfloat16, True)),
     "float32, keys alone": ("partition", lambda: _moves(torch.float32, False)),
+    "bfloat16, several layers": ("partition", lambda: _moves_of_layers(torch.bfloat16)),
+    "scores of 8 heads": ("reselect", lambda: _reselect(8)),
 }
 """Name -> operator, and a call of its Triton implementation."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from avl_fx.kernels.dispatch import implementation
 
-__all__ = ["partition_"]
+__all__ = ["check", "partition_"]
 
 
 @torch.library.custom_op("avl::partition_", mutates_args=("key", "value"), tags=(torch.Tag.needs_exact_strides,))
@@ -32,7 +32,7 @@ def partition_(key: Tensor | None, value: Tensor | None, source: Tensor, slots: 
     """
     from avl_fx.kernels.partition import IMPLEMENTATIONS
 
-    _check(key, value, source, slots)
+    check(key, value, source, slots)
     if source.shape[2] > 0 and not (key is None and value is None):
         slots = slots if slots.dim() == 3 else slots[:, None]
         implementation("partition_", IMPLEMENTATIONS, source.device)(key, value, source, slots)
@@ -43,7 +43,8 @@ def _(key, value, source, slots):
     return None
 
 
-def _check(key: Tensor | None, value: Tensor | None, source: Tensor, slots: Tensor) -> None:
+def check(key: Tensor | None, value: Tensor | None, source: Tensor, slots: Tensor) -> None:
+    """Raises what `partition_` raises of arguments that do not fit."""
     for name, index in (("source", source), ("slots", slots)):
         if index.dtype != torch.int64:
             raise ValueError(f"{name}: {index.dtype} instead of int64.")

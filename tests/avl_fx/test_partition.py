@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import avl_fx.partition
-from avl_fx.kernels.partition import partition_
+from avl_fx.kernels.partition import partition_, partition_layers_
 from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
 from avl_fx.partition import Partition, everything, find_partition
 from avl_fx.policies import VisionPolicy
@@ -16,12 +16,14 @@ from avl_fx.policies import VisionPolicy
 KV_HEADS, HEAD_DIM = 2, 4
 
 
-@pytest.fixture(params=["native", "tensors"], autouse=True, scope="module")
+@pytest.fixture(params=["native", "tensors", "together"], autouse=True, scope="module")
 def selection(request):
-    """Core is picked in C++ on a CPU with a compiler, by tensor operators elsewhere."""
+    """Core is picked in C++ on a CPU with a compiler, by tensor operators without, for all layers at once elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "tensors":
             patch.setattr(avl_fx.partition, "reselect_native", lambda *args: None)
+        if request.param == "together":
+            patch.setattr(avl_fx.partition, "one_by_one", lambda device: False)
         yield
 
 
@@ -36,6 +38,12 @@ def tagged(visual):
     positions = torch.arange(length, dtype=torch.float32)[None, None, :, None]
     heads = torch.arange(KV_HEADS, dtype=torch.float32)[None, :, None, None] * 1000
     return (positions + heads).expand(batch, KV_HEADS, length, HEAD_DIM).clone()
+
+
+def move(keys, values, several):
+    """Rows of the one layer that there is change places."""
+    for moves in several:
+        partition_(keys, values, *moves.order(0))
 
 
 @st.composite
@@ -84,7 +92,7 @@ def test_rows_move_as_the_scores_say_and_nothing_is_lost(visual, policy, seed, s
     keys, values = tagged(visual), tagged(visual) + 0.5
     before = keys.clone()
     scores = scores_of(seed, batch, length)
-    partition_(keys, values, *partition.first_order(0, scores))
+    move(keys, values, partition.first_moves({0: scores}))
     groups = range(1 if policy.scores == "shared" else KV_HEADS)
 
     def group_scores(scores, b, g):
@@ -106,9 +114,7 @@ def test_rows_move_as_the_scores_say_and_nothing_is_lost(visual, policy, seed, s
         # What a step reads by position is no longer what lies there: scores are asked of where tokens are now.
         where = keys[..., 0].long() % 1000
         scores = scores_of(seed + step + 1, batch, length)
-        order = partition.next_order(0, scores.gather(2, where))
-        if order is not None:
-            partition_(keys, values, *order)
+        move(keys, values, partition.next_moves({0: scores.gather(2, where)}))
         for b in range(batch):
             for g in groups:
                 wanted = best(group_scores(scores, b, g), secondary[b, g], counts[b][0])
@@ -118,6 +124,59 @@ def test_rows_move_as_the_scores_say_and_nothing_is_lost(visual, policy, seed, s
     assert torch.equal(keys.sort(2).values, before)
     text = ~visual[:, None].expand(-1, KV_HEADS, -1)
     assert torch.equal(keys[text], before[text])
+
+
+@given(visual=rows(), policy=policies(), seed=st.integers(0, 2**16), steps=st.integers(0, 4))
+@settings(max_examples=80, deadline=None)
+def test_layers_that_are_served_at_once_choose_as_each_would_alone(visual, policy, seed, steps):
+    alone, together = (Partition.start(policy, visual) for _ in range(2))
+    if alone is None:
+        return
+    layers = (0, 2, 3)
+    caches = {
+        name: {layer: (tagged(visual), tagged(visual) + 0.5) for layer in layers} for name in ("alone", "together")
+    }
+
+    def step(choose, seed):
+        where = {layer: keys[..., 0].long() % 1000 for layer, (keys, _) in caches["alone"].items()}
+        scores = {layer: scores_of(seed + 100 * layer, *visual.shape).gather(2, where[layer]) for layer in layers}
+        for layer in layers:
+            move(*caches["alone"][layer], choose(alone, {layer: scores[layer]}))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(avl_fx.partition, "one_by_one", lambda device: False)
+            for moves in choose(together, scores):
+                assert moves.layers == layers
+                written = [(*caches["together"][layer], number) for number, layer in enumerate(moves.layers)]
+                partition_layers_(written, moves.source, moves.slots)
+        for layer in layers:
+            assert torch.equal(alone.tokens[layer], together.tokens[layer])
+            assert all(map(torch.equal, caches["alone"][layer], caches["together"][layer]))
+
+    step(Partition.first_moves, seed)
+    for number in range(steps):
+        step(Partition.next_moves, seed + number + 1)
+    # A later prompt of one more token, which is visual.
+    longer = torch.nn.functional.pad(visual, (0, 1), value=True)
+    alone, together = (Partition.start(policy, longer, before=state) for state in (alone, together))
+    visual = longer
+    caches = {name: {layer: (tagged(visual), tagged(visual) + 0.5) for layer in layers} for name in caches}
+    step(Partition.first_moves, seed + steps + 1)
+
+
+def test_layers_with_other_heads_are_served_apart(monkeypatch):
+    monkeypatch.setattr(avl_fx.partition, "one_by_one", lambda device: False)
+    partition = Partition.start(VisionPolicy(core=0.25, secondary=0.5), torch.ones(1, 8, dtype=torch.bool))
+    scores = {layer: torch.rand(1, heads, 8) for layer, heads in enumerate((2, 4, 2))}
+    assert [moves.layers for moves in partition.first_moves(scores)] == [(0, 2), (1,)]
+    assert [moves.layers for moves in partition.next_moves(scores)] == [(0, 2), (1,)]
+
+
+def test_nothing_is_asked_where_no_row_can_enter_core(monkeypatch):
+    monkeypatch.setattr(avl_fx.partition, "one_by_one", lambda device: False)
+    partition = Partition.start(VisionPolicy(core=0.5, secondary=0.5), torch.ones(1, 8, dtype=torch.bool))
+    scores = {0: torch.rand(1, 2, 8)}
+    assert len(list(partition.first_moves(scores))) == 1
+    assert not list(partition.next_moves(scores))
 
 
 @given(visual=rows(), policy=policies())
@@ -148,7 +207,7 @@ def test_dense_attention_over_a_partitioned_cache_is_unchanged(visual, policy, s
     )
     attention = torch.nn.functional.scaled_dot_product_attention
     expected = attention(query, keys, values)
-    partition_(keys, values, *partition.first_order(0, scores_of(seed, *visual.shape)))
+    move(keys, values, partition.first_moves({0: scores_of(seed, *visual.shape)}))
     torch.testing.assert_close(attention(query, keys, values), expected)
 
 

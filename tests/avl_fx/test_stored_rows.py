@@ -90,7 +90,8 @@ def test_it_reads_what_the_method_says_and_stores_no_more(prompt, shares, text, 
     scores = weights_of(seed, batch, length, text)
     state = Partition.start(VisionPolicy(core=shares[0], secondary=shares[1], refresh=0), visual, text, visible)
     assert state is not None
-    rows.move(state.first_order(LAYER, scores))
+    for moves in state.first_moves({LAYER: scores}):
+        rows.move(moves.order(0))
     expected = None
     if text is not None:
         expected = [Expected(text, flags) for flags in visual.tolist()]

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import avl_fx
+import avl_fx.partition
 from avl_fx import AVLCache, Plan
 from avl_fx.passes.site import Reason, Status
 from tests.e2e._covering import covering, one_each
@@ -51,6 +52,8 @@ def _allowed(case):
 CASES = list(filter(_allowed, itertools.product(*FACTORS)))
 CHOSEN = one_each(CASES)
 """What `make test` runs: each model once, the other factors spread."""
+TOGETHER = [next(case for case in CHOSEN if case[2] == cache and case[3] == 3) for cache in CACHES]
+"""Of those: one ragged batch on each cache."""
 COVERING = covering(FACTORS, _allowed)
 """`make test-matrix` runs these, in which any two of model, door, cache, batch, preset and laziness meet ..."""
 SPREAD = itertools.cycle(itertools.product(DOORS, ("dense", "lazy")))
@@ -109,6 +112,15 @@ def check(name, door, cache, batch, preset, layers, compiler, device="cpu"):
 
 @pytest.mark.parametrize("case", CHOSEN, ids=ids)
 def test_partitioned_equals_oracle(case):
+    check(*case, compiler="eager")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in TOGETHER else pytest.mark.matrix) for case in CHOSEN], ids=ids
+)
+def test_layers_that_choose_and_move_at_once_equal_oracle(case, monkeypatch):
+    """As they do where they are not on a CPU."""
+    monkeypatch.setattr(avl_fx.partition, "one_by_one", lambda device: False)
     check(*case, compiler="eager")
 
 

@@ -6,7 +6,7 @@ Triton reads `TRITON_INTERPRET` when it is imported, so each run is a process of
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,11 +16,19 @@ from torch import Tensor
 
 from avl_fx.kernels.inherited_decode import anchor_decode_reference
 from avl_fx.kernels.inherited_decode.triton import anchor_decode_triton, inherited_decode_triton
-from avl_fx.kernels.partition.triton import partition_triton
+from avl_fx.kernels.partition import triton as partition_kernels
+from avl_fx.kernels.partition.triton import partition_layers_triton, partition_triton
 from avl_fx.kernels.partitioned_decode import partitioned_decode_reference
 from avl_fx.kernels.partitioned_decode.triton import partitioned_decode_triton
+from avl_fx.kernels.reselect.triton import reselect_triton
 from avl_fx.kernels.visual_scores.triton import visual_scores_triton
-from tests.kernels import test_inherited_decode, test_partition, test_partitioned_decode, test_visual_scores
+from tests.kernels import (
+    test_inherited_decode,
+    test_partition,
+    test_partitioned_decode,
+    test_reselect,
+    test_visual_scores,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -56,6 +64,20 @@ anchor = on_device(anchor_decode_triton)
 inherit = on_device(inherited_decode_triton)
 score = on_device(visual_scores_triton)
 move = on_device(partition_triton)
+reselect = on_device(reselect_triton)
+
+
+def move_layers(caches: Sequence[tuple[Tensor | None, Tensor | None, int]], source: Tensor, slots: Tensor) -> None:
+    """`partition_layers_triton` on the device."""
+    tensors = [cache for key, value, _ in caches for cache in (key, value)]
+
+    def run(source: Tensor, slots: Tensor, *tensors: Tensor | None) -> None:
+        orders = [order for _, _, order in caches]
+        partition_layers_triton(list(zip(tensors[::2], tensors[1::2], orders, strict=True)), source, slots)
+
+    on_device(run)(source, slots, *tensors)
+
+
 check_decode = partial(test_partitioned_decode.check, attend=attend, wishes=(True,))
 check_scores = partial(test_visual_scores.check, implementation=score)
 Decode, Scores = test_partitioned_decode.Case, test_visual_scores.Case
@@ -285,3 +307,34 @@ def test_moves_of_awkward_lengths(keys: int) -> None:
         move(*arguments, source, slots)
         moved = next(x for x in arguments if x is not None)
         assert torch.equal(moved, test_partition.expected(key, source, slots))
+
+
+@pytest.mark.parametrize("layout", test_partition.LAYOUTS)
+@pytest.mark.parametrize("dtype", test_partition.DTYPES, ids=str)
+def test_moves_of_several_layers(layout: str, dtype: torch.dtype) -> None:
+    test_partition.check_layers(layout, dtype, move_layers)
+
+
+@pytest.mark.parametrize("most_scratch", [5000, 1])
+def test_moves_of_layers_that_take_turns(most_scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two or one of them fit into the scratch memory."""
+    monkeypatch.setattr(partition_kernels, "MOST_SCRATCH", most_scratch)
+    test_partition.check_layers("part of a buffer", torch.float32, move_layers)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_moves_of_several_layers_keys_or_values(which: int) -> None:
+    test_partition.check_layers("heads inside", torch.bfloat16, move_layers, left_out=which)
+
+
+# ---- the choice of core ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("visual", [1, 6, 63, 300])
+@pytest.mark.parametrize("case", test_reselect.CASES)
+def test_reselects(case: str, visual: int) -> None:
+    test_reselect.check(test_reselect.CASES[case], visual, reselect)
+
+
+def test_reselects_rows_of_nan() -> None:
+    test_reselect.check_nan(reselect)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ import avl_fx.kernels.attention as attention
 import avl_fx.kernels.partition as partition
 import avl_fx.kernels.partitioned_decode as partitioned_decode
 import avl_fx.kernels.visual_scores as visual_scores
+from avl_fx.partition import Partition
+from avl_fx.policies import VisionPolicy
 from tests._gpu import DEVICE, NEEDS_GPU, free_memory, plain_float32  # noqa: F401  (a fixture)
 
 pytestmark = [*NEEDS_GPU, pytest.mark.usefixtures("plain_float32")]
@@ -336,6 +339,56 @@ def test_moves_beyond_32_bit_addresses() -> None:
     order = torch.tensor([3, 2, 0, 1], device=DEVICE)
     partition.partition_(key, None, rows[order].expand(2, 1, 4), rows.expand(2, 4))
     assert torch.equal(key[:, :, rows], before[:, :, order])
+
+
+@pytest.mark.parametrize("scores", ["shared", "per_kv_head"])
+def test_layers_choose_and_move_at_once_and_nothing_waits(scores: Literal["shared", "per_kv_head"]) -> None:
+    """Prompts and refreshes of layers of which one is laid out differently, as the CPU does them one by one."""
+    visual = torch.zeros(2, KEYS, dtype=torch.bool)
+    visual[0, 16 : 16 + 2880] = visual[1, 500:2500] = True
+    policy = VisionPolicy(core=0.3, secondary=0.5, refresh=1, scores=scores)
+    here, there = (Partition.start(policy, visual) for _ in range(2))
+    assert here is not None
+    assert there is not None
+    there.to(torch.device(DEVICE))
+    layers = (0, 1, 5, 6)
+    caches = {
+        layer: [drawn(2, 8, KEYS, 128, dtype=torch.bfloat16, seed=2 * layer + n) for n in (0, 1)] for layer in layers
+    }
+    caches[5][0] = caches[5][0].transpose(1, 2).contiguous().transpose(1, 2)
+    expected = {layer: [cache.cpu() for cache in pair] for layer, pair in caches.items()}
+
+    def move(state: Partition, caches: dict[int, list[Tensor]], weights: dict[int, Tensor], prompt: bool) -> None:
+        for moves in state.first_moves(weights) if prompt else state.next_moves(weights):
+            pairs = [(*caches[layer], number) for number, layer in enumerate(moves.layers)]
+            partition.partition_layers_(pairs, moves.source, moves.slots)
+
+    for step in range(4):
+        # Whole numbers: their mean does not depend on the order of summation, and ties happen.
+        weights = {layer: drawn(2, 8, KEYS, seed=10 * step + layer).mul(200).round() for layer in layers}
+        move(here, expected, {layer: rows.cpu() for layer, rows in weights.items()}, prompt=step % 2 == 0)
+        torch.cuda.synchronize()
+        with nothing_waits() if step >= 2 else contextlib.nullcontext():
+            move(there, caches, weights, prompt=step % 2 == 0)
+        for layer in layers:
+            assert torch.equal(there.tokens[layer].cpu(), here.tokens[layer])
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(caches[layer], expected[layer], strict=True))
+
+
+def test_moves_of_layers_beyond_their_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers take turns, and the table of addresses goes on where the turn before ended."""
+    from avl_fx.kernels.partition import triton
+
+    monkeypatch.setattr(triton, "MOST_SCRATCH", 2 * 2 * 8 * 500 * 128 * 2)
+    caches = [[drawn(2, 8, KEYS, 128, dtype=torch.bfloat16, seed=2 * n + m) for m in (0, 1)] for n in range(5)]
+    expected = [[cache.clone() for cache in pair] for pair in caches]
+    slots = drawn(5, 2, 8, KEYS, seed=1).argsort(-1)[..., :500]
+    source = slots.gather(-1, drawn(5, 2, 8, 500, seed=2).argsort(-1))
+    for number, pair in enumerate(expected):
+        partition.partition_(*pair, source[number], slots[number])
+    partition.partition_layers_([(*pair, number) for number, pair in enumerate(caches)], source, slots)
+    for pair, wanted in zip(caches, expected, strict=True):
+        assert all(map(torch.equal, pair, wanted))
 
 
 # ---- avl::attention --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from avl_fx.kernels.partition import IMPLEMENTATIONS, partition_reference
+from avl_fx.kernels.partition import IMPLEMENTATIONS, TOGETHER, partition_layers_, partition_reference
 from avl_fx.kernels.partition.cpu import partition_aten
+from avl_fx.kernels.partition.layers import Layer
 
 MOVERS = {"reference": partition_reference, "cpu": IMPLEMENTATIONS["cpu"], "aten": partition_aten}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
@@ -76,6 +78,71 @@ def test_every_row_lands_in_its_slot(mover: str, layout: str, dtype: torch.dtype
             assert MOVERS[mover](*moved, source, slots) is None
             assert torch.equal(moved[0], expected(key, source, slots))
             assert torch.equal(moved[1], expected(value, source, slots))
+
+
+def check_layers(
+    layout: str, dtype: torch.dtype, move_layers: Callable[..., None], left_out: int | None = None
+) -> None:
+    """Five layers of which two follow others, and ragged rows; ``left_out``: without keys (0) or values (1)."""
+    for groups in (1, 3):
+        orders = [permutation(2, groups, 20, 12, seed=10 * groups + n, ragged=n > 0) for n in range(3)]
+        source, slots = (torch.stack(part) for part in zip(*orders, strict=True))
+        layers, wanted = [], []
+        for seed, order in enumerate((0, 2, 2, 1, 0)):
+            pair = [cache(2, 3, 20, 8, dtype, seed), cache(2, 3, 20, 5, dtype, seed + 10)]
+            moved: list[Tensor | None] = [laid_out(tensor, layout) for tensor in pair]
+            if left_out is not None:
+                moved[left_out] = None
+            layers.append((moved[0], moved[1], order))
+            wanted.append([expected(tensor, *orders[order]) for tensor in pair])
+        move_layers(layers, source, slots)
+        for (key, value, _), tensors in zip(layers, wanted, strict=True):
+            for got, tensor in zip((key, value), tensors, strict=True):
+                assert got is None or torch.equal(got, tensor)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("left_out", [None, 0, 1])
+def test_several_layers(layout: str, left_out: int | None) -> None:
+    check_layers(layout, torch.float32, partition_layers_, left_out)
+
+
+def test_layers_that_are_laid_out_alike_move_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others move by themselves. All that move have been written, as their version counters say."""
+    served: list[int] = []
+
+    def together(layers: Sequence[Layer], source: Tensor, slots: Tensor) -> None:
+        served.append(len(layers))
+        for key, value, order in layers:
+            partition_reference(key, value, source[order], slots[order])
+
+    monkeypatch.setitem(TOGETHER, "cpu", together)
+    source, slots = (index[None] for index in permutation(2, 1, 20, 12, seed=1))
+    plain = [cache(2, 3, 20, 8, seed=seed) for seed in range(6)]
+    layers: list[Layer] = [
+        (plain[0].clone(), plain[1].clone(), 0),
+        (laid_out(plain[2], "heads inside"), plain[3].clone(), 0),
+        (plain[0].clone(), plain[1].clone(), 0),
+        (None, plain[4].clone(), 0),
+        (plain[5].clone(), plain[1].clone(), 0),
+        (None, plain[3].clone(), 0),
+    ]
+    before = [tuple(None if tensor is None else tensor.clone() for tensor in layer[:2]) for layer in layers]
+    written = [tensor for layer in layers for tensor in layer[:2] if tensor is not None]
+    versions = [tensor._version for tensor in written]
+    partition_layers_(layers, source, slots)
+    assert served == [3, 2]
+    for layer, tensors in zip(layers, before, strict=True):
+        for moved, tensor in zip(layer[:2], tensors, strict=True):
+            assert tensor is None or torch.equal(moved, expected(tensor, source[0], slots[0]))
+    assert all(tensor._version > version for tensor, version in zip(written, versions, strict=True))
+    partition_layers_(layers, source[..., :0], slots[..., :0])
+    assert served == [3, 2], "nothing to move"
+    with torch.inference_mode():  # its tensors count no writes
+        partition_layers_([(plain[0].clone(), None, 0), (plain[1].clone(), None, 0)], source, slots)
+    assert served == [3, 2, 2]
+    with pytest.raises(ValueError, match=r"key: .* does not fit source"):
+        partition_layers_([(plain[0][:1], None, 0)] * 2, source, slots)
 
 
 @pytest.mark.parametrize("mover", MOVERS)

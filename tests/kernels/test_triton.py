@@ -14,7 +14,7 @@ CASES = Path(__file__).parent / "_triton_cases.py"
 PARTS = {
     "decode": "test_decode",
     "anchors and lazy layers": "test_anchor or test_inherited",
-    "scores and moves": "test_scores or test_moves",
+    "scores, moves and choices": "test_scores or test_moves or test_reselects",
 }
 
 
@@ -54,7 +54,7 @@ def test_on_a_gpu(part: str) -> None:
 
 def test_triton_is_imported_late() -> None:
     """The package works where Triton is not installed."""
-    operators = ("partitioned_decode", "visual_scores", "partition", "inherited_decode")
+    operators = ("partitioned_decode", "visual_scores", "partition", "inherited_decode", "reselect")
     check = f"import sys, {', '.join(f'avl_fx.kernels.{name}' for name in operators)}\n"
     check += "assert not [name for name in sys.modules if name.endswith('.triton') and name.startswith('avl_fx')]"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=CASES.parents[2], timeout=120)
