@@ -430,7 +430,8 @@ def tile(dtype: torch.dtype, group: int, mask: str) -> dict[str, int]:
     rows = 1 if group == 1 and dtype == torch.float32 else max(16, triton.next_power_of_2(group))
     if dtype == torch.float32 or mask != "none":
         return {"BLOCK_G": rows, "BLOCK_K": BLOCK_KEYS}
-    return {"BLOCK_G": rows, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+    # Of 33 such choices the least loss over eight shapes on an H200; the best for one shape is up to a fifth faster.
+    return {"BLOCK_G": rows, "BLOCK_K": BLOCK_KEYS, "num_warps": 2, "num_stages": 3}
 
 
 def _mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[str, Tensor | None, tuple[int, int, int]]:
