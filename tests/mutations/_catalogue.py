@@ -40,6 +40,7 @@ GROWING = "tests/e2e/test_growing_cache.py -m 'not full'"
 READS = "tests/avl_fx/test_reads.py -k 'hand or ranges'"
 ONCE = f"{P}read_once.py"
 DECODE = "tests/kernels/test_partitioned_decode.py -k 'native and (is_stored or is_seen)'"
+RESELECT, ALIKE = "tests/kernels/test_reselect.py", "tests/kernels/test_partition.py -k laid_out_alike"
 STATE, AVL = "tests/avl_fx/test_partition.py", "tests/e2e/test_avl.py -m 'not matrix'"
 OBSERVE, BLOCKS, CALIBRATE = f"{P}observe_attention.py", "tests/avl_fx/test_blocks.py", "tests/avl_fx/test_calibrate.py"
 MODES = "tests/e2e/test_lazy_modes.py -m 'not matrix'"
@@ -733,6 +734,26 @@ MUTATIONS: list[Mutation] = [
             "if found is None:",
             STATE,
         ),
+    ),
+    *_in(
+        "kernels/reselect/reference.py",
+        (
+            "let equal scores lie as they do",
+            "by_token = lying.argsort(-1)",
+            "by_token = index.expand_as(lying)",
+            RESELECT,
+        ),
+        ("pair rows that do not move", "inside & ~wanted", "inside", RESELECT),
+    ),
+    *_in(
+        "kernels/partition/layers.py",
+        (
+            "move rows and count no write",
+            "torch.autograd.graph.increment_version(",
+            "list(",
+            ALIKE,
+        ),
+        ("move layers of other strides together", "cache.shape, cache.stride(),", "cache.shape,", ALIKE),
     ),
     *_in(
         "avl_fx/partition_runtime.py",
