@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
+
 
 def covering(
     factors: Sequence[Sequence[Any]], allowed: Callable[[tuple[Any, ...]], bool], strength: int = 2
@@ -49,6 +51,11 @@ def one_each(cases: Sequence[tuple[Any, ...]], by: Sequence[int] = (0,)) -> list
         seen.update(_meetings(others(best), 2) | _meetings(others(best), 3))
         used.update(enumerate(others(best)))
     return chosen
+
+
+def rest_in_matrix(cases: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
+    """``cases`` for `parametrize`: ``kept`` run in `make test`, the others in `make test-matrix`."""
+    return [pytest.param(case, marks=() if case in kept else pytest.mark.matrix) for case in cases]
 
 
 def _meetings(case: tuple[Any, ...], strength: int) -> set[tuple[tuple[int, Any], ...]]:

@@ -15,7 +15,7 @@ import avl_fx
 import avl_fx.partition
 from avl_fx import AVLCache, Plan
 from avl_fx.passes.site import Reason, Status
-from tests.e2e._covering import covering, one_each
+from tests.e2e._covering import covering, one_each, rest_in_matrix
 from tests.e2e._doors import DOORS, FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
 from tests.e2e.test_identity import FRAGMENTED
 from tests.oracle import avl_oracle
@@ -115,9 +115,7 @@ def test_partitioned_equals_oracle(case):
     check(*case, compiler="eager")
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case in TOGETHER else pytest.mark.matrix) for case in CHOSEN], ids=ids
-)
+@pytest.mark.parametrize("case", rest_in_matrix(CHOSEN, TOGETHER), ids=ids)
 def test_layers_that_choose_and_move_at_once_equal_oracle(case, monkeypatch):
     """As they do where they are not on a CPU."""
     monkeypatch.setattr(avl_fx.partition, "one_by_one", lambda device: False)

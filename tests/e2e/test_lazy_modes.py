@@ -103,12 +103,12 @@ def test_equals_the_oracle_through_inductor(case):
     ("mode", "preset", "cache"),
     [
         ("vla", "paper", "dynamic"),
-        ("vla", "text", "static"),
+        pytest.param("vla", "text", "static", marks=pytest.mark.matrix),
         ("vla", "paper", "compact"),
-        ("vla", "heavy", "compact"),
+        pytest.param("vla", "heavy", "compact", marks=pytest.mark.matrix),
         ("vla_scores", "paper", "static"),
-        ("vla_scores", "tight", "dynamic"),
-        ("vla_scores", "text", "dynamic"),
+        pytest.param("vla_scores", "tight", "dynamic", marks=pytest.mark.matrix),
+        pytest.param("vla_scores", "text", "dynamic", marks=pytest.mark.matrix),
         ("vla_scores", "text", "compact"),
         ("vla_scores", "heavy", "compact"),
     ],
@@ -137,8 +137,15 @@ def test_a_block_has_one_choice_of_keys(mode, preset, cache):
 # ---- conversations ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("images", [(True, True), (True, False)], ids=["second image", "text alone"])
+@pytest.mark.parametrize(
+    ("images", "door"),
+    [
+        pytest.param((True, True), DOORS[0], id="second image-whole"),
+        pytest.param((True, False), DOORS[1], id="text alone-regions"),
+        pytest.param((True, False), DOORS[0], id="text alone-whole", marks=pytest.mark.matrix),
+        pytest.param((True, True), DOORS[1], id="second image-regions", marks=pytest.mark.matrix),
+    ],
+)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["dynamic", pytest.param("compact", marks=pytest.mark.matrix)])
 def test_a_second_turn(kind, mode, images, door):
