@@ -9,6 +9,7 @@ machine is lent for minutes. Without a GPU, `--device cpu --tiny` rehearses ever
 from __future__ import annotations
 
 import fnmatch
+import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,8 +58,13 @@ def main(
     retry: Annotated[bool, typer.Option("--retry", help="measure anew the cells in which a contender failed")] = False,
     commit: Annotated[str | None, typer.Option(help="of these sources, where git is not at hand")] = None,
     list_cells: Annotated[bool, typer.Option("--list", help="name the cells and end")] = False,
+    show: Annotated[Path | None, typer.Option(help="print what a results file holds, and end", exists=True)] = None,
 ) -> None:
     """Measure what is missing in the file, and say what is wrong or failed."""
+    if show is not None:
+        for entry in json.loads(show.read_text(encoding="utf-8"))["cells"]:
+            _show(entry)
+        return
     settings = Settings(device, tiny, dtype, 2 if tiny else layers, steps, prompts, codegen, tuple(extra or ()))
     chosen = [cell for cell in cells(settings) if not only or any(fnmatch.fnmatch(cell.id, p) for p in only)]
     if list_cells:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import typer
 
+from benchmarks._report import RESULTS
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu.gate import Reference, verdict
 from benchmarks.gpu.results import SCHEMA, Results, compare
@@ -32,6 +33,18 @@ def run(output: Path, **options: Any) -> tuple[int, dict[str, Any]]:
     except typer.Exit as end:
         code = end.exit_code
     return code, json.loads(output.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("nvidia_*.json")), ids=lambda file: file.stem)
+def test_what_is_committed_is_right_and_shown(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    program.main(show=file)
+    shown = capsys.readouterr().out
+    for cell in cells:
+        assert cell["complete"]
+        assert cell["id"] in shown
+        assert not cell.get("failed")
+        assert all(row["status"] == "right" for row in cell["contenders"].values() if row["ours"])
 
 
 def check_schema(data: dict[str, Any]) -> None:
