@@ -14,6 +14,8 @@ __all__ = ["draw", "draw_modes", "questions_after"]
 STAGES = Path(__file__).parent / "training" / "stages.json"
 ADAPTER = ("all, after alignment", "words above all", "easy-VQA again")
 """The stages of questions and answers that the committed adapter went through, in this order."""
+READER = ("on an H200", "cooled down")
+"""The stages that made `model.READER` of it."""
 UNDER_PLANS = "under lazy plans"
 """The stage that made `model.LAZY` of it: its steps were done under plans of several modes in turn."""
 LEARNT = ("easy_vqa", "composites", "scenes", "words", "documents", "captions")
@@ -38,7 +40,7 @@ def questions_after(stages: Sequence[dict[str, Any]], names: Sequence[str]) -> l
 
 
 def draw(stages: Sequence[dict[str, Any]]) -> Any:
-    """A matplotlib figure: loss, whole answers and answer tokens over steps."""
+    """A matplotlib figure: loss, whole answers and answer tokens over steps; a dotted line where a stage begins."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.8), layout="constrained")
@@ -53,7 +55,8 @@ def draw(stages: Sequence[dict[str, Any]]) -> Any:
         axis.set_ylim(-0.02, 1.02)
         axis.set_title(title)
     for axis in (loss, whole, tokens):
-        axis.set_xlabel("step (6 pictures, up to 48 questions)")
+        sizes = dict.fromkeys(stage["images_per_step"] for stage in stages)
+        axis.set_xlabel(f"step of {', then '.join(map(str, sizes))} pictures")
         end = 0
         for stage in stages[:-1]:
             end += stage["steps"]
@@ -92,7 +95,11 @@ def main(output: Annotated[Path, typer.Option(help="folder for the pictures")] =
     """Draw the stages of the committed adapters."""
     stages = json.loads(STAGES.read_text())
     (under,) = [stage for stage in stages if stage["name"] == UNDER_PLANS]
-    pictures = {"stages.png": draw(questions_after(stages, ADAPTER)), "under_plans.png": draw_modes(under)}
+    pictures = {
+        "stages.png": draw(questions_after(stages, ADAPTER)),
+        "reader.png": draw(questions_after(stages, READER)),
+        "under_plans.png": draw_modes(under),
+    }
     for name, picture in pictures.items():
         picture.savefig(output / name, dpi=110)
         typer.echo(f"saved {output / name}")

@@ -4,13 +4,29 @@ import json
 
 import pytest
 
-from examples.petite_vlm.stages import ADAPTER, LEARNT, STAGES, UNDER_PLANS, draw, draw_modes, main, questions_after
+from examples.petite_vlm.stages import (
+    ADAPTER,
+    LEARNT,
+    READER,
+    STAGES,
+    UNDER_PLANS,
+    draw,
+    draw_modes,
+    main,
+    questions_after,
+)
 
 
 def stage(name, steps):
     points = [{"step": step, "loss": 1.0 / step, "accuracy": 0.5} for step in range(10, steps + 1, 10)]
     asked = {**dict.fromkeys(LEARNT, 0.5), **{f"{name} tokens": 0.75 for name in LEARNT}}
-    return {"name": name, "steps": steps, "curve": points, "evaluations": [{"step": steps} | asked]}
+    return {
+        "name": name,
+        "steps": steps,
+        "images_per_step": 6,
+        "curve": points,
+        "evaluations": [{"step": steps} | asked],
+    }
 
 
 def test_steps_are_counted_on():
@@ -37,6 +53,8 @@ def test_the_committed_stages_are_those_of_the_adapter():
     stages = questions_after(json.loads(STAGES.read_text()), ADAPTER)
     assert sum(stage["steps"] for stage in stages) == 865
     assert all(name in stages[0]["evaluations"][-1] for name in LEARNT)
+    reader = questions_after(json.loads(STAGES.read_text()), READER)
+    assert [(stage["steps"], stage["images_per_step"]) for stage in reader] == [(400, 64), (130, 6)]
 
 
 def test_turns_are_drawn_by_mode():
