@@ -541,8 +541,8 @@ def _padded(visual: Tensor, keys: int) -> Tensor:
 def _ranges(slots: Tensor, keep: Tensor, stored: StoredRows | None = None) -> Ranges:
     """Everything but the slots beyond the first ``keep``, and but what a batch row of a compact cache has not."""
     ranges: Ranges = []
-    for number, (positions, count) in enumerate(zip(slots.tolist(), keep.tolist(), strict=True)):
-        holes = [(p, p + 1) for p in positions[count:] if p >= 0]
+    for number, (positions, count) in enumerate(zip(slots.cpu(), keep.tolist(), strict=True)):
+        holes = _spans(positions[count:])
         if stored is not None and stored.ends[number] < stored.packed:
             holes.append((stored.ends[number], stored.packed))
         start, row = 0, []
@@ -556,16 +556,17 @@ def _ranges(slots: Tensor, keep: Tensor, stored: StoredRows | None = None) -> Ra
 
 def _runs(slots: Tensor, keep: Tensor) -> Ranges:
     """The first ``keep`` slots."""
-    runs: Ranges = []
-    for positions, count in zip(slots.tolist(), keep.tolist(), strict=True):
-        row: list[tuple[int, int]] = []
-        for position in positions[:count]:
-            if row and row[-1][1] == position:
-                row[-1] = (row[-1][0], position + 1)
-            else:
-                row.append((position, position + 1))
-        runs.append(row)
-    return runs
+    return [_spans(positions[:count]) for positions, count in zip(slots.cpu(), keep.tolist(), strict=True)]
+
+
+def _spans(positions: Tensor) -> list[tuple[int, int]]:
+    """Ascending ``positions`` int64 ``[N]``, ``-1`` behind them, as (first, one behind the last) of each run."""
+    there = positions[positions >= 0]
+    if not len(there):
+        return []
+    last = torch.cat([there.diff() != 1, torch.ones(1, dtype=torch.bool)])
+    first = last.roll(1)
+    return list(zip(there[first].tolist(), (there[last] + 1).tolist(), strict=True))
 
 
 def ranges_of(flags: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ STAGES = Path(__file__).parent / "training" / "stages.json"
 ADAPTER = ("all, after alignment", "words above all", "easy-VQA again")
 """The stages of questions and answers that the committed adapter went through, in this order."""
 READER = ("on an H200", "cooled down")
-"""The stages that made `model.READER` of it."""
+"""The stage that made `model.READER` of it, and one that went on on a CPU and won nothing."""
 UNDER_PLANS = "under lazy plans"
 """The stage that made `model.LAZY` of it: its steps were done under plans of several modes in turn."""
 LEARNT = ("easy_vqa", "composites", "scenes", "words", "documents", "captions")
