@@ -132,15 +132,19 @@ def _number(pattern: str, text: str) -> int | None:
 # ---- what is compiled ------------------------------------------------------------------------------------------------
 
 
-def _decode(dtype: torch.dtype, heads: int, kv_heads: int, mask: str, append: bool, head_dim: int = 128) -> None:
-    from avl_fx.kernels.partitioned_decode.triton import partitioned_decode_triton
+def _decode(
+    dtype: torch.dtype, heads: int, kv_heads: int, mask: str, append: bool, head_dim: int = 128, splits: int = 2
+) -> None:
+    from avl_fx.kernels.partitioned_decode import triton as module
 
     key, value = (torch.zeros(2, kv_heads, 80, head_dim, dtype=dtype)[:, :, :64] for _ in range(2))
     new = torch.zeros(2, kv_heads, 1, head_dim, dtype=dtype) if append else None
     masks = {"none": None, "bool": torch.zeros(2, 1, 1, 64 + append) > 0, "additive": torch.zeros(2, 1, 1, 64 + append)}
     segments, weigh = torch.zeros(2, 4, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
     query = torch.zeros(2, heads, 1, head_dim, dtype=dtype)
-    partitioned_decode_triton(query, key, value, new, new, masks[mask], segments, weigh, 0.1)
+    # How many there would be is a matter of the device; one alone and several compile to different kernels.
+    with mock.patch.object(module, "split_count", lambda *_: splits):
+        module.partitioned_decode_triton(query, key, value, new, new, masks[mask], segments, weigh, 0.1)
 
 
 def _anchor(dtype: torch.dtype, heads: int, kv_heads: int, mask: bool) -> None:
@@ -204,6 +208,10 @@ SPECIMENS: dict[str, tuple[str, Callable[[], None]]] = {
     "float16, 28/4 heads, bool mask": ("partitioned_decode", lambda: _decode(torch.float16, 28, 4, "bool", True)),
     "bfloat16, 16/16 heads, bias": ("partitioned_decode", lambda: _decode(torch.bfloat16, 16, 16, "additive", True)),
     "bfloat16, 32/32 heads": ("partitioned_decode", lambda: _decode(torch.bfloat16, 32, 32, "none", False)),
+    "bfloat16, 32/32 heads, one split": (
+        "partitioned_decode",
+        lambda: _decode(torch.bfloat16, 32, 32, "none", True, splits=1),
+    ),
     "bfloat16, 28/4 heads": ("partitioned_decode", lambda: _decode(torch.bfloat16, 28, 4, "none", True)),
     "float32, 12/4 heads": ("partitioned_decode", lambda: _decode(torch.float32, 12, 4, "none", False, 64)),
     "bfloat16, 32/32 heads, logits kept": ("partitioned_decode", lambda: _anchor(torch.bfloat16, 32, 32, False)),
