@@ -143,7 +143,7 @@ def _decode(
     segments, weigh = torch.zeros(2, 4, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
     query = torch.zeros(2, heads, 1, head_dim, dtype=dtype)
     # How many there would be is a matter of the device; one alone and several compile to different kernels.
-    with mock.patch.object(module, "split_count", lambda *_: splits):
+    with mock.patch.object(module, "split_count", return_value=splits):
         module.partitioned_decode_triton(query, key, value, new, new, masks[mask], segments, weigh, 0.1)
 
 
