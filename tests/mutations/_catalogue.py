@@ -715,7 +715,12 @@ MUTATIONS: list[Mutation] = [
             "rows",
             SPREAD,
         ),
-        ("read one visual row too many", "holes = [(p, p + 1) for", "holes = [(p, p) for", STATE),
+        (
+            "read one visual row too many",
+            "holes = _spans(positions[count:])",
+            "holes = _spans(positions[count + 1 :])",
+            STATE,
+        ),
         (
             "take back more than was fed since the prompt",
             "or left < prompt",
