@@ -169,7 +169,7 @@ def attend_kernel(
             read = inside
             row = begin + at
             if MASK != "none":
-                bias = _hides(mask + row * mask_key, g, n, inside, mask_head, mask_key, GROUP, MASK)
+                bias = _hides(mask, g, row + n, inside, mask_head, mask_key, GROUP, MASK)
                 read = read & (tl.max(bias, axis=0) != float("-inf"))
             in_key = read[:, None] & (d < HEAD_DIM)[None, :]
             k = tl.load(key + row * key_row + n[:, None] * key_row + d[None, :], mask=in_key, other=0.0)
@@ -178,7 +178,7 @@ def attend_kernel(
                 logits = tl.where(bias == float("-inf"), float("-inf"), logits + bias)
             logits = tl.where(read[None, :], logits, float("-inf"))
             if KEEP != "never":
-                tl.store(kept + row + row_of + n[None, :], logits * LN_2, mask=keeps & inside[None, :])
+                tl.store(kept + row_of + (row + n)[None, :], logits * LN_2, mask=keeps & inside[None, :])
             p, factor, most, total = _update(logits, most, total)
             in_value = read[:, None] & (v < VALUE_DIM)[None, :]
             x = tl.load(value + row * value_row + n[:, None] * value_row + v[None, :], mask=in_value, other=0.0)
@@ -200,8 +200,8 @@ def attend_kernel(
         seen = (g < GROUP) & (longer > count)
         logit = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * (scale * LOG2_E)
         if MASK != "none":
-            here, there = tl.full([1], 1, tl.int1), tl.zeros([1], tl.int32)
-            extra = tl.max(_hides(mask + row * mask_key, g, there, here, mask_head, mask_key, GROUP, MASK), axis=1)
+            here, there = tl.full([1], 1, tl.int1), row + tl.zeros([1], tl.int64)
+            extra = tl.max(_hides(mask, g, there, here, mask_head, mask_key, GROUP, MASK), axis=1)
             seen = seen & (extra != float("-inf"))
             logit = logit + extra
         logit = tl.where(seen, logit, float("-inf"))
