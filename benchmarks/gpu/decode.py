@@ -93,10 +93,8 @@ class DecodeBench:
         }
 
     def _gate(self, contender: Contender, logits: Tensor) -> dict[str, Any]:
-        dtype, reference = (
-            self.settings.torch_dtype,
-            self.references["partitioned" if contender.partitioned else "dense"],
-        )
+        dtype = self.settings.torch_dtype
+        reference = self.references["partitioned" if contender.partitioned else "dense"]
         if not contender.partitioned or dtype == torch.float32:
             return verdict(logits, reference, dtype)
         torch._dynamo.reset()

@@ -13,6 +13,7 @@ import torch
 from avl_fx import AVLCache, Plan
 from avl_fx.errors import CacheStateError
 from avl_fx.passes.site import Status
+from tests.e2e._covering import rest_in_matrix
 from tests.e2e._doors import decoder_graphs, decoder_sites, largest, through
 from tests.e2e.test_identity import LOGIT_STEP
 from tests.oracle import avl_oracle, lazy_oracle
@@ -65,15 +66,9 @@ def check(plan, cache, compiler):
 CHOSEN = [("gla", "none"), ("vla_scores", "dynamic"), ("avl", "dynamic")]
 
 
-@pytest.mark.parametrize(("plan", "cache"), CHOSEN)
-def test_as_near_to_float32_as_the_oracle(plan, cache):
-    check(plan, cache, "eager")
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize(("plan", "cache"), [case for case in CASES if case not in CHOSEN])
-def test_as_near_to_float32_as_the_oracle_everywhere(plan, cache):
-    check(plan, cache, "eager")
+@pytest.mark.parametrize("case", rest_in_matrix(CASES, CHOSEN), ids="-".join)
+def test_as_near_to_float32_as_the_oracle(case):
+    check(*case, "eager")
 
 
 def test_as_near_to_float32_as_the_oracle_through_inductor():
