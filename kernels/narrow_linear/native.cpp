@@ -14,14 +14,15 @@ namespace {
 template <int N>
 constexpr std::integral_constant<int, N> number{};
 
-constexpr int STREAMS = 4;
-// Sums under way, what is multiplied and one row of the input have to fit into the registers.
+constexpr int STREAMS = 3;
+// Sums under way, one vector from each stream and one of the input have to fit into the registers. As many rows as that
+// share a load of the weight: with half as many, the second half computes while memory waits.
 #if defined(__AVX512VL__)
-constexpr int ROWS_AT_ONCE = 4;
+constexpr int ROWS_AT_ONCE = 8;
 #else
-constexpr int ROWS_AT_ONCE = 2;
+constexpr int ROWS_AT_ONCE = 4;
 #endif
-// Where a stream is multiplied by more rows than that, it is left waiting meanwhile: floats to ask for in advance.
+// The more rows share a weight, the later a core asks for the next one by itself: floats to ask for in advance.
 constexpr int64_t AHEAD = 512;
 
 // ROWS rows of the input times one row of the weight from each of COUNT streams.
@@ -32,15 +33,15 @@ inline void block(const float* input, const float* const* weight, const float* c
   const int64_t whole = features / WIDTH * WIDTH;
   for (int64_t k = 0; k < whole; k += WIDTH) {
     Floats w[COUNT];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < COUNT; ++n) {
       w[n] = load(weight[n] + k);
       if (FETCH) __builtin_prefetch(weight[n] + k + AHEAD, 0, 2);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m) {
       const Floats x = load(input + m * input_row + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int n = 0; n < COUNT; ++n) kept[m][n] += x * w[n];
     }
   }
@@ -65,17 +66,22 @@ inline void rows_of(const float* input, const float* weight, const float* bias, 
     b[n] = bias ? bias + row : nullptr;
     o[n] = out + row;
   }
-  int64_t m = 0;
-  const auto multiply = [&](auto count, auto fetch) {
-    block<count(), COUNT, fetch()>(input + m * input_row, w, b, o, features, input_row, wide);
-    m += count();
-    for (int n = 0; n < COUNT; ++n) o[n] += count() * wide;
-  };
-  if (rows > ROWS_AT_ONCE) multiply(number<ROWS_AT_ONCE>, std::true_type{});  // the others find the weight near
-  while (m + ROWS_AT_ONCE <= rows) multiply(number<ROWS_AT_ONCE>, std::false_type{});
-  if (ROWS_AT_ONCE > 2 && rows - m == 3) multiply(number<3>, std::false_type{});
-  if (rows - m == 2) multiply(number<2>, std::false_type{});
-  if (rows - m == 1) multiply(number<1>, std::false_type{});
+  const int64_t blocks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  for (int64_t i = 0, m = 0; i < blocks; ++i) {
+    const int64_t count = rows * (i + 1) / blocks - m;
+    const auto multiply = [&](auto number) {
+      if (number() != count) return;
+      const float* given = input + m * input_row;
+      if (i == 0)
+        block<number(), COUNT, true>(given, w, b, o, features, input_row, wide);
+      else  // the weight is near by now
+        block<number(), COUNT, false>(given, w, b, o, features, input_row, wide);
+    };
+    multiply(number<1>), multiply(number<2>), multiply(number<3>), multiply(number<4>);
+    if constexpr (ROWS_AT_ONCE > 4) multiply(number<5>), multiply(number<6>), multiply(number<7>), multiply(number<8>);
+    m += count;
+    for (int n = 0; n < COUNT; ++n) o[n] += count * wide;
+  }
 }
 
 }  // namespace
