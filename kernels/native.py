@@ -30,7 +30,8 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-e
 DISABLED = "AVL_FX_NATIVE"
 """Set this variable to 0 to do without; the ATen implementations then serve."""
 FOLDER = "AVL_FX_CACHE_DIR"
-HEADER = Path(__file__).with_name("vectors.h")
+HEADERS = Path(__file__).parent
+"""Folder of the headers that several kernels share; a kernel's own lie beside it."""
 
 
 def cache_folder() -> Path:
@@ -84,7 +85,9 @@ def _built(source: Path) -> Path:
     if program is None:
         raise RuntimeError("no C++ compiler found")
     version = _output([program, "--version"])
-    made_from = "\n".join([source.read_text("utf-8"), HEADER.read_text("utf-8"), *FLAGS, version, _processor()])
+    headers = [path for folder in (source.parent, HEADERS) for path in sorted(folder.glob("*.h"))]
+    texts = [path.read_text("utf-8") for path in (source, *headers)]
+    made_from = "\n".join([*texts, *FLAGS, version, _processor()])
     name = f"{source.parent.name}_{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
         folder = cache_folder()
@@ -98,7 +101,7 @@ def _built(source: Path) -> Path:
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             compiled, linked = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
-            _output([program, *FLAGS, f"-I{HEADER.parent}", "-c", str(source), "-o", str(compiled)])
+            _output([program, *FLAGS, f"-I{HEADERS}", "-c", str(source), "-o", str(compiled)])
             _output([program, "-shared", str(compiled), "-o", str(linked)])  # no -fopenmp: torch's runtime serves
             linked.replace(library)  # at once: another process may look for it now
     return library

@@ -17,69 +17,12 @@
 #include <limits>
 #include <vector>
 
-#include "vectors.h"
+#include "tile.h"
 
 namespace {
 
-constexpr int64_t TILE = 64;
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 constexpr float LOWEST = -2e38f;  // a mask's lowest finite number: added to any logit it is all that is left
-
-struct Half { uint16_t bits; };
-struct BFloat { uint16_t bits; };
-
-inline float number(float x) { return x; }
-inline float number(double x) { return static_cast<float>(x); }
-inline float number(BFloat x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-inline float number(Half x) {
-  _Float16 value;
-  std::memcpy(&value, &x.bits, 2);
-  return static_cast<float>(value);
-}
-
-inline void put(float x, float* at) { *at = x; }
-inline void put(float x, Half* at) {
-  const _Float16 value = static_cast<_Float16>(x);
-  std::memcpy(&at->bits, &value, 2);
-}
-inline void put(float x, BFloat* at) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  // Round to nearest even; NaN stays NaN.
-  at->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-typedef int32_t Ints __attribute__((vector_size(32)));
-
-inline Quad sums(Floats a, Floats b, Floats c, Floats d) {
-  const Quad qa = folded(a), qb = folded(b), qc = folded(c), qd = folded(d);
-  const Quad ab = __builtin_shufflevector(qa, qb, 0, 4, 1, 5) + __builtin_shufflevector(qa, qb, 2, 6, 3, 7);
-  const Quad cd = __builtin_shufflevector(qc, qd, 0, 4, 1, 5) + __builtin_shufflevector(qc, qd, 2, 6, 3, 7);
-  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-}
-
-// e^x for x <= 0 to about one unit in the last place. NaN stays NaN; below -87, and at -inf, it is 0.
-inline Floats exponential(Floats x) {
-  const Ints low = x < all(-87.0f);
-  const Floats bounded = low ? all(-87.0f) : x;
-  const Floats shifted = bounded * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-  const Floats n = shifted - 12582912.0f;
-  const Floats r = bounded - n * 0.693359375f - n * -2.12194440e-4f;
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Ints bits = (reinterpret_cast<const Ints&>(shifted) - 0x4b400000 + 127) << 23;
-  return low ? all(0.0f) : p * reinterpret_cast<const Floats&>(bits);
-}
-inline float exponential(float x) { return exponential(all(x))[0]; }
 
 struct Call {
   const void *query, *key, *value, *new_key, *new_value, *mask;
@@ -100,78 +43,6 @@ struct Call {
   int64_t anchor_keys, anchor_batch, anchor_head, anchor_row;
   float scale;
 };
-
-// A row of keys or values as float32: in place, or converted into `scratch`.
-inline const float* row_of(const float* at, float*, int64_t) { return at; }
-template <typename T>
-inline const float* row_of(const T* at, float* scratch, int64_t dim) {
-  for (int64_t i = 0; i < dim; ++i) scratch[i] = number(at[i]);
-  return scratch;
-}
-
-// Products of one query with `count` keys. Four keys at a time keep enough sums under way. DIM 0: any number.
-template <int64_t DIM>
-inline void products(const float* q, const float* const* keys, int64_t count, int64_t dim, float* out) {
-  const int64_t n = DIM ? DIM : dim, whole = n / WIDTH * WIDTH;
-  int64_t t = 0;
-  for (; t + 4 <= count; t += 4) {
-    const float *k0 = keys[t], *k1 = keys[t + 1], *k2 = keys[t + 2], *k3 = keys[t + 3];
-    Floats s0 = {}, s1 = {}, s2 = {}, s3 = {};
-    for (int64_t i = 0; i < whole; i += WIDTH) {
-      const Floats x = load(q + i);
-      s0 += x * load(k0 + i);
-      s1 += x * load(k1 + i);
-      s2 += x * load(k2 + i);
-      s3 += x * load(k3 + i);
-    }
-    Quad four = sums(s0, s1, s2, s3);
-    for (int64_t i = whole; i < n; ++i) four += q[i] * Quad{k0[i], k1[i], k2[i], k3[i]};
-    std::memcpy(out + t, &four, sizeof(four));
-  }
-  for (; t < count; ++t) {
-    Floats one = {};
-    for (int64_t i = 0; i < whole; i += WIDTH) one += load(q + i) * load(keys[t] + i);
-    out[t] = sum(one);
-    for (int64_t i = whole; i < n; ++i) out[t] += q[i] * keys[t][i];
-  }
-}
-
-// `CHUNKS` vectors of out = out * factor + sum over keys of weight * row, held in registers meanwhile.
-template <int64_t CHUNKS>
-inline void accumulate_chunks(float* out, float factor, const float* weights, const float* const* rows, int64_t count,
-                              int64_t at) {
-  Floats kept[CHUNKS];
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < CHUNKS; ++i) kept[i] = load(out + at + i * WIDTH) * factor;
-  for (int64_t t = 0; t < count; ++t) {
-    const Floats w = all(weights[t]);
-    const float* row = rows[t] + at;
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < CHUNKS; ++i) kept[i] += w * load(row + i * WIDTH);
-  }
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < CHUNKS; ++i) store(kept[i], out + at + i * WIDTH);
-}
-
-inline void accumulate(float* out, float factor, const float* weights, const float* const* rows, int64_t count,
-                       int64_t dim) {
-  int64_t at = 0;
-  for (; at + 8 * WIDTH <= dim; at += 8 * WIDTH) accumulate_chunks<8>(out, factor, weights, rows, count, at);
-  for (; at + 4 * WIDTH <= dim; at += 4 * WIDTH) accumulate_chunks<4>(out, factor, weights, rows, count, at);
-  for (; at + WIDTH <= dim; at += WIDTH) accumulate_chunks<1>(out, factor, weights, rows, count, at);
-  for (; at < dim; ++at) {
-    float kept = out[at] * factor;
-    for (int64_t t = 0; t < count; ++t) kept += weights[t] * rows[t][at];
-    out[at] = kept;
-  }
-}
-
-// Asks for a row that is read later. A core fetches ahead by itself where it reads on; between a tile's keys and the
-// next one's it reads values.
-template <typename T>
-inline void fetch(const T* at, int64_t dim) {
-  for (int64_t i = 0; i < dim; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(at + i, 0, 2);
-}
 
 struct Range {
   int64_t start, length;
@@ -295,9 +166,9 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const Reading& re
   const T* anchors = static_cast<const T*>(c.anchor_key) + batch_row * c.anchor_batch + kv_head * c.anchor_head;
   const T* values = static_cast<const T*>(c.value) + batch_row * c.value_batch + kv_head * c.value_head;
   float* queries = scratch;
-  float* key_rows = queries + group * c.head_dim;
-  float* value_rows = key_rows + TILE * c.head_dim;
-  float* logits = value_rows + TILE * c.value_dim;
+  float* logits = queries + group * c.head_dim;
+  float* dots = logits + group * TILE;
+  float* factors = dots + group * TILE;
   for (int64_t g = 0; g < group; ++g) {
     part.most[g] = NOTHING, part.total[g] = 0.0f;
     std::fill_n(part.out + g * c.value_dim, c.value_dim, 0.0f);
@@ -305,8 +176,11 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const Reading& re
     const T* row = static_cast<const T*>(c.query) + batch_row * c.query_batch + (kv_head * group + g) * c.query_head;
     for (int64_t i = 0; i < c.head_dim; ++i) queries[g * c.head_dim + i] = number(row[i]) * c.scale;
   }
-  const float* k[TILE];
-  const float* v[TILE];
+  const auto key_at = [&](const Range& range, int64_t position) {
+    return range.inherited ? anchors + position * c.anchor_row : keys + (position - range.missing) * c.key_row;
+  };
+  const T* k[TILE];
+  const T* v[TILE];
   int64_t number_of[TILE];  // place among the keys that the batch row reads
   int64_t position_of[TILE];
   int64_t own[TILE];  // which keys of the tile are multiplied with
@@ -315,7 +189,27 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const Reading& re
     before += ranges[range++].length;
   int64_t at = first;
   while (at < end) {
-    int64_t count = 0, owned = 0;
+    int64_t count = 0, owned = 0, next_key = 0, next_value = 0;
+    while (at - before >= ranges[range].length) before += ranges[range++].length;
+    const int64_t left = std::min(end, before + ranges[range].length) - at;
+    if (!reading.masked && left >= TILE) {
+      // Most tiles: they lie in one range, and no key has to be looked at by itself.
+      const bool inherited = ranges[range].inherited;
+      const int64_t position = ranges[range].start + at - before, key_row = inherited ? c.anchor_row : c.key_row;
+      const T* key = key_at(ranges[range], position);
+      const T* value = values + position * c.value_row;
+      const bool is_further = left >= TILE + AHEAD;
+      next_value = is_further ? AHEAD * c.value_row : 0;
+      if (inherited && taken) {
+        for (int64_t g = 0; g < group; ++g) std::copy_n(taken + g * c.keys + position, TILE, logits + g * TILE);
+      } else {
+        next_key = is_further ? AHEAD * key_row : 0;
+        for (; owned < TILE; ++owned) k[owned] = key + owned * key_row;
+      }
+      for (; count < TILE; ++count, ++at) {
+        v[count] = value + count * c.value_row, number_of[count] = at, position_of[count] = position + count;
+      }
+    }
     while (at < end && count < TILE) {
       while (at - before >= ranges[range].length) before += ranges[range++].length;
       const int64_t position = ranges[range].start + at - before;
@@ -336,32 +230,31 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const Reading& re
           }
         } else {
           own[owned] = count;
-          const T* key = ranges[range].inherited ? anchors + position * c.anchor_row
-                                                 : keys + (position - ranges[range].missing) * c.key_row;
-          if (position + TILE < ranges[range].start + ranges[range].length) fetch(key + TILE * c.key_row, c.head_dim);
-          k[owned] = row_of(key, key_rows + owned * c.head_dim, c.head_dim);
-          ++owned;
+          k[owned++] = key_at(ranges[range], position);
         }
         position_of[count] = position;
-        v[count] = row_of(values + position * c.value_row, value_rows + count * c.value_dim, c.value_dim);
+        v[count] = values + position * c.value_row;
         number_of[count++] = at;
       }
       ++at;
     }
     const int64_t padded = (count + WIDTH - 1) / WIDTH * WIDTH;
+    const bool plain = !reading.masked && owned == count;
+    if (owned)
+      in_heads(group, [&](int64_t first_head, auto heads) {
+        float* to = (plain ? logits : dots) + first_head * TILE;
+        products<DIM, heads()>(queries + first_head * c.head_dim, k, next_key, owned, c.head_dim, to);
+      });
     for (int64_t g = 0; g < group; ++g) {
       float* row = logits + g * TILE;
-      float dots[TILE];
-      if (owned) products<DIM>(queries + g * c.head_dim, k, owned, c.head_dim, dots);
-      if (!reading.masked && owned == count) {
-        std::copy_n(dots, count, row);
-      } else if (!reading.masked) {
-        for (int64_t t = 0; t < owned; ++t) row[own[t]] = dots[t];
-      } else {
+      const float* own_dots = dots + g * TILE;
+      if (!plain && !reading.masked) {
+        for (int64_t t = 0; t < owned; ++t) row[own[t]] = own_dots[t];
+      } else if (!plain) {
         // What is hidden stays hidden, whatever the product with it is.
         for (int64_t t = 0; t < owned; ++t) {
           float& logit = row[own[t]];
-          logit = logit == NOTHING ? NOTHING : logit + dots[t];
+          logit = logit == NOTHING ? NOTHING : logit + own_dots[t];
         }
       }
       if (kept)
@@ -374,7 +267,7 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const Reading& re
       float most = largest[0];
       for (int64_t i = 1; i < WIDTH; ++i) most = largest[i] > most ? largest[i] : most;
       const float base = most == NOTHING ? 0.0f : most;
-      const float factor = part.most[g] == NOTHING ? 0.0f : exponential(part.most[g] - base);
+      const float factor = factors[g] = part.most[g] == NOTHING ? 0.0f : exponential(part.most[g] - base);
       Floats total = {};
       for (int64_t t = 0; t < padded; t += WIDTH) {
         const Floats weight = exponential(load(row + t) - base);
@@ -383,8 +276,11 @@ void attend(const Call& c, int64_t batch_row, int64_t kv_head, const Reading& re
       }
       part.total[g] = part.total[g] * factor + sum(total);
       part.most[g] = most;
-      accumulate(part.out + g * c.value_dim, factor, row, v, count, c.value_dim);
     }
+    in_heads(group, [&](int64_t first_head, auto heads) {
+      accumulate<heads()>(part.out + first_head * c.value_dim, factors + first_head, logits + first_head * TILE, v,
+                          next_value, count, c.value_dim);
+    });
   }
 }
 
@@ -432,7 +328,7 @@ void run(Call c) {
   const int64_t threads = all_keys * c.kv_heads * c.value_dim < 32768 ? 1 : std::min(c.threads, tasks);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> scratch(group * c.head_dim + TILE * (c.head_dim + c.value_dim + group));
+    std::vector<float> scratch(std::max(group * (c.head_dim + 1 + 2 * TILE), c.value_dim));
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t pair = task / splits, split = task % splits, b = pair / c.kv_heads, h = pair % c.kv_heads;
@@ -473,8 +369,14 @@ void run(Call c) {
         const float* own = logits.data() + (pair * group + g) * most_keys;
         const float share = inverse / static_cast<float>(group);
         int64_t at = 0;
-        for (const Range& range : readings[b].ranges)
-          for (int64_t j = range.start; j < range.start + range.length; ++j) row[j] += exponential(own[at++] - base) * share;
+        for (const Range& range : readings[b].ranges) {
+          float* weight = row + range.start;
+          int64_t j = 0;
+          for (; j + WIDTH <= range.length; j += WIDTH)
+            store(load(weight + j) + exponential(load(own + at + j) - base) * share, weight + j);
+          for (; j < range.length; ++j) weight[j] += exponential(own[at + j] - base) * share;
+          at += range.length;
+        }
       }
     }
   }

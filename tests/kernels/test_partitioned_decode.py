@@ -199,6 +199,26 @@ def test_awkward_lengths(keys: int, dtype: torch.dtype) -> None:
     check(case, [[(0, third), (keys - 1, LARGE)]] * 2, case.visible((2, 1, 1, keys)))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.sampled_from([8, 20, 64, 72, 128]),
+    st.sampled_from([8, 20, 64, 72, 128]),
+    st.sampled_from(HALF_OR_SINGLE),
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 200)), min_size=1, max_size=3),
+    st.booleans(),
+)
+def test_whole_tiles_and_what_is_left_of_them(
+    group: int, head_dim: int, value_dim: int, dtype: torch.dtype, gaps: list[tuple[int, int]], masked: bool
+) -> None:
+    """Ranges of many keys, groups of any number of heads, rows that fill no whole vector."""
+    ends = list(itertools.accumulate(gap + length for gap, length in gaps))
+    ranges = [(end - length, length) for end, (_, length) in zip(ends, gaps, strict=True)]
+    case = Case(2 * group, 2, ends[-1], head_dim, value_dim, dtype=dtype)
+    mask = case.visible((2, 1, 1, case.keys)) if masked else None
+    check(case, [ranges, ranges[:1]], mask, scale=head_dim**-0.5)
+
+
 @pytest.mark.parametrize("boolean", [True, False], ids=["bool", "additive"])
 @pytest.mark.parametrize("shape", ["dense", "text, core, text", "ragged"])
 def test_masks_of_every_broadcast_shape(shape: str, boolean: bool) -> None:

@@ -39,6 +39,7 @@ APPEND, NARROW, GROWN = f"{P}append_in_place.py", f"{P}narrow_linears.py", "test
 GROWING = "tests/e2e/test_growing_cache.py -m 'not full'"
 READS = "tests/avl_fx/test_reads.py -k 'hand or ranges'"
 ONCE = f"{P}read_once.py"
+TILES = "tests/kernels/test_partitioned_decode.py -k 'native and whole_tiles'"
 DECODE = "tests/kernels/test_partitioned_decode.py -k 'native and (is_stored or is_seen)'"
 RESELECT, ALIKE = "tests/kernels/test_reselect.py", "tests/kernels/test_partition.py -k laid_out_alike"
 STATE, AVL = "tests/avl_fx/test_partition.py", "tests/e2e/test_avl.py -m 'not matrix'"
@@ -550,10 +551,18 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "look for keys where they would be in a whole cache",
-            "(position - ranges[range].missing)",
+            "(position - range.missing)",
             "position",
             "tests/kernels/test_inherited_decode.py -k native-ragged",
         ),
+        (
+            "inherit logits of other keys where a tile is whole",
+            "taken + g * c.keys + position, TILE",
+            "taken + g * c.keys + at, TILE",
+            "tests/kernels/test_inherited_decode.py -k native",
+        ),
+        ("weigh whole vectors alone", "for (; j < range.length; ++j) weight[j]", "for (; false;) weight[j]", DECODE),
+        ("forget what earlier tiles gave", "part.total[g] * factor + sum(total)", "sum(total)", TILES),
         (
             "store a new key where it would be in a whole cache",
             "c.kv_heads, c.keys - c.left_out, c.head_dim",
@@ -567,6 +576,16 @@ MUTATIONS: list[Mutation] = [
             "return bytes != nullptr;",
             DECODE,
         ),
+    ),
+    *_in(
+        "kernels/partitioned_decode/tile.h",
+        (
+            "drop the last keys of a tile",
+            "for (; t < count; ++t)\n    for (int h = 0",
+            "for (; false;)\n    for (int h = 0",
+            TILES,
+        ),
+        ("weigh all heads as the first", "weights[h * TILE + t]);", "weights[t]);", TILES),
     ),
     *_in(
         "passes/append_in_place.py",
