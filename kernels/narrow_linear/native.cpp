@@ -89,7 +89,9 @@ inline void rows_of(const float* input, const float* weight, const float* bias, 
 // input [rows, features], weight [wide, features], bias [wide] or null, out [rows, wide].
 extern "C" void avl_narrow_linear(const float* input, const float* weight, const float* bias, float* out,
                                   const int64_t* sizes) {
-  const int64_t wide = sizes[2], threads = sizes[5];
+  const int64_t wide = sizes[2];
+  // Threads cost some microseconds to wake.
+  const int64_t threads = wide * sizes[1] * sizes[0] < 32768 ? 1 : sizes[5];
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t thread = 0; thread < threads; ++thread) {
     const int64_t begin = wide * thread / threads, end = wide * (thread + 1) / threads, each = (end - begin) / STREAMS;
