@@ -1,6 +1,7 @@
 """What the benchmarks of whole decode steps share: the plan, caches filled at random, and what a step has to read.
 
-What a step costs does not depend on what is in its cache, so no prompt is run.
+What a step costs does not depend on what is in its cache (but for the rows that refreshes move, which random keys make
+many), so no prompt is run.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 from avl_fx import Plan
 
-__all__ = ["PLAN", "REFRESH", "TEXT", "filled", "mean_share", "read_bytes", "visual_positions"]
+__all__ = ["PLAN", "REFRESH", "TEXT", "filled", "mean_share", "periods", "read_bytes", "visual_positions"]
 
 TEXT = 32
 """Text tokens of a prompt: half of them before its visual tokens, half behind."""
@@ -58,6 +59,12 @@ def filled(
             key_and_value.append((whole if rows is None else whole[list(rows)]).to(model.dtype))
         cache.update(*key_and_value, layer)
     return cache
+
+
+def periods(seconds: Sequence[float]) -> list[float]:
+    """A step's mean in each `REFRESH` successive steps, one of which refreshes: a median of steps would not see it."""
+    whole = range(0, len(seconds) - REFRESH + 1, REFRESH)
+    return [sum(seconds[first : first + REFRESH]) / REFRESH for first in whole]
 
 
 def mean_share(plan: Plan) -> float:

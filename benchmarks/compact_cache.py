@@ -19,7 +19,7 @@ from transformers import DynamicCache
 import avl_fx
 from avl_fx import AVLCache
 from benchmarks import decode
-from benchmarks._decoding import PLAN, TEXT, visual_positions
+from benchmarks._decoding import PLAN, TEXT, periods, visual_positions
 from benchmarks._models import llava
 from benchmarks._report import console, save, summary
 
@@ -56,7 +56,7 @@ def measure(model: Any, batch: int, visual: int, steps: int) -> dict[str, Any]:
     seconds, logits = zip(*converse(model, forward, compact, batch, visual, decode.WARM_UP + steps), strict=True)
     difference = max((a - b).abs().max().item() for a, b in zip(logits, expected, strict=True))
     row["differences"]["partitioned, compact"] = difference
-    row["partitioned, compact"] = summary(list(seconds[decode.WARM_UP :]))
+    row["partitioned, compact"] = summary(periods(seconds[decode.WARM_UP :]))
     row["stored_over_dense"] = round(compact.stored_bytes / compact.dense_bytes, 4)
     row["exact"] = row["exact"] and difference <= decode.NEAR_TIE
     if row["exact"]:

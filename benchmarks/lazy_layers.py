@@ -24,7 +24,7 @@ from avl_fx import Plan
 from avl_fx.kernels.inherited_decode import anchor_decode, inherited_decode
 from avl_fx.kernels.inherited_decode.reference import inherited_decode_reference, own_logits
 from avl_fx.kernels.partitioned_decode.schema import partitioned_decode
-from benchmarks._decoding import PLAN, REFRESH, TEXT, visual_positions
+from benchmarks._decoding import PLAN, REFRESH, TEXT, periods, visual_positions
 from benchmarks._models import llava
 from benchmarks._report import console, save, summary
 from benchmarks.decode import (
@@ -127,7 +127,7 @@ def steps_of(model: Any, everyone: Contenders, batch: int, visual: int, steps: i
         differences[name] = max((a - b).abs().max().item() for a, b in zip(logits[name], wanted, strict=False))
     exact = all(d <= (NEAR_TIE if name == "both" else TOLERANCE) for name, d in differences.items())
     row: dict[str, Any] = {"exact": exact, "differences": differences}
-    row |= {name: summary(times) for name, times in seconds.items()}
+    row |= {name: summary(periods(times)) for name, times in seconds.items()}
     if exact:
         for name in everyone:
             row[name]["over_dense"] = round(row["dense"]["median_ms"] / row[name]["median_ms"], 3)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import avl_fx
-from benchmarks._decoding import PLAN, REFRESH, TEXT, filled, mean_share, read_bytes, visual_positions
+from benchmarks._decoding import PLAN, REFRESH, TEXT, filled, mean_share, periods, read_bytes, visual_positions
 from benchmarks.gpu.contenders import CONTENDERS, Contender, Forward
 from benchmarks.gpu.exact import float32_copy, oracle
 from benchmarks.gpu.gate import Reference, both, verdict
@@ -79,13 +79,12 @@ class DecodeBench:
                 if len(seconds) == WARM_UP:
                     probe.warmed_up(time.perf_counter() - start)
         timed = seconds[WARM_UP:]
-        periods = [sum(timed[i : i + REFRESH]) / REFRESH for i in range(0, len(timed) - REFRESH + 1, REFRESH)]
         # The first call is dense and starts the partition; every third from there on is a refresh.
         refreshes = [took for step, took in enumerate(seconds) if step >= WARM_UP and step % REFRESH == 0]
         others = [took for step, took in enumerate(seconds) if step >= WARM_UP and step % REFRESH != 0]
         return {
             "gate": self._gate(contender, torch.stack(logits)),
-            "ms": deciles(periods),
+            "ms": deciles(periods(timed)),
             "refresh_steps_ms": deciles(refreshes)["median"],
             "other_steps_ms": deciles(others)["median"],
             "bytes": round(read_bytes(self.model, self.batch, self.shape.visual, mean_share(contender.plan))),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import _report
+from benchmarks import _decoding, _report
 
 
 @pytest.fixture
@@ -44,3 +44,8 @@ def test_without_sizes_a_file_is_written_anew(results: Path):
     _report.save("some", [{"batch": 1}])
     _report.save("some", [{"batch": 2}])
     assert json.loads(results.read_text())["rows"] == [{"batch": 2}]
+
+
+def test_a_refresh_counts_in_every_period():
+    """A median of steps would be that of those that do not refresh: two in three."""
+    assert _decoding.periods([1.0, 4.0, 1.0, 1.0, 4.0, 1.0, 9.0]) == [2.0, 2.0]
