@@ -146,7 +146,7 @@ class _Listener:
         self._left, self._compiled = 0.0, 0
 
     def step_seconds(self) -> float | None:
-        """The median decode step."""
+        """The median decode step; under a plan that refreshes, one that does not."""
         return statistics.median(self.seconds) if self.seconds else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

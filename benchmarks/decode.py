@@ -2,7 +2,8 @@
 
 A Llama-like decoder of 8 layers, hidden 768, 12 heads (MHA, or 4 key/value heads) over a cache of 576, 2,880 or 11,520
 visual tokens between two pieces of text. The cache is filled at random: what a step costs does not depend on what is in
-it, but for the rows that a refresh moves. Among random keys that is the worst case, two fifths of core. Every contender steps through its own cache, one contender after the other, in two rounds. *Partitioned* is
+it, but for the rows that a refresh moves: among random keys two fifths of core, fewer where attention lasts from token
+to token. Every contender steps through its own cache, one contender after the other, in two rounds. *Partitioned* is
 `Plan.avl(core=0.3, secondary=0.5, refresh=3, text=None)`. Times are means over three successive steps, of which one
 refreshes; medians and quartiles are of these.
 

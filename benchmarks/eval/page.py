@@ -126,8 +126,9 @@ def _speed(name: str, report: Mapping[str, Any]) -> str:
     said = (
         f"One batch of {where['rows']} `{name}` through Inductor, on a machine that did nothing else\n"
         f"({where['processor']}, threads: {where['threads']}): the median decode step behind prompts of 256 visual\n"
-        "tokens (`python -m benchmarks.eval.speed`). The compiled dense models answered as the eager one. Not timed\n"
-        "is who stopped answering before a step that compiled nothing. With such short prompts a step is weights;\n"
+        "tokens (`python -m benchmarks.eval.speed`). Of A-VL that is a step that does not refresh; one in three\n"
+        "does, and takes longer. The compiled dense models answered as the eager one. Not timed is who stopped\n"
+        "answering before a step that compiled nothing. With such short prompts a step is weights;\n"
         "[decode.json](../benchmarks/results/decode.json) has longer ones, and lazy layers are timed in\n"
         "[lazy_layers_amd_epyc.json](../benchmarks/results/lazy_layers_amd_epyc.json).\n"
     )
