@@ -115,7 +115,10 @@ def measure(model: Any, forward: Any, batch: int, visual: int, steps: int) -> di
 
 
 def empty_steps(kv_heads: int, batch: int, steps: int) -> dict[str, float]:
-    """Milliseconds of a decode step whose model has as many layers and heads, and next to nothing to compute."""
+    """Milliseconds of a decode step of a model with as many layers and heads, and next to nothing to compute.
+
+    Ours are of a step that does not refresh: there would be rows to move.
+    """
     model = llava(layers=decode.LAYERS, hidden=SMALL_HIDDEN, heads=12, kv_heads=kv_heads, visual_tokens=SMALL_VISUAL)
     found = {}
     for name, forward in zip(EMPTY, (partitioned(model), torch.compile(model.forward)), strict=True):

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -25,5 +26,9 @@ inline float sum(Floats x) {
   const Quad half = folded(x);
   return (half[0] + half[1]) + (half[2] + half[3]);
 }
+
+// A number as an argument that a lambda can use as a constant.
+template <int N>
+constexpr std::integral_constant<int, N> constant{};
 
 }  // namespace

@@ -5,14 +5,9 @@
 // the weight in a few streams, each from its beginning to its end: neighbouring rows taken together would begin anew a
 // few kilobytes further on each time, and wait for memory there.
 
-#include <type_traits>
-
 #include "vectors.h"
 
 namespace {
-
-template <int N>
-constexpr std::integral_constant<int, N> number{};
 
 constexpr int STREAMS = 3;
 // Sums under way, one vector from each stream and one of the input have to fit into the registers. As many rows as that
@@ -77,8 +72,9 @@ inline void rows_of(const float* input, const float* weight, const float* bias, 
       else  // the weight is near by now
         block<number(), COUNT, false>(given, w, b, o, features, input_row, wide);
     };
-    multiply(number<1>), multiply(number<2>), multiply(number<3>), multiply(number<4>);
-    if constexpr (ROWS_AT_ONCE > 4) multiply(number<5>), multiply(number<6>), multiply(number<7>), multiply(number<8>);
+    multiply(constant<1>), multiply(constant<2>), multiply(constant<3>), multiply(constant<4>);
+    if constexpr (ROWS_AT_ONCE > 4)
+      multiply(constant<5>), multiply(constant<6>), multiply(constant<7>), multiply(constant<8>);
     m += count;
     for (int n = 0; n < COUNT; ++n) o[n] += count * wide;
   }

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "numbers.h"
 
@@ -117,18 +116,15 @@ inline void accumulate(float* out, const float* factor, const float* weights, co
     }
 }
 
-template <int N>
-constexpr std::integral_constant<int, N> number_of_heads{};
-
 // Calls `work(first head, how many of them)`, the number a constant, until the group is through.
 template <typename Work>
 inline void in_heads(int64_t group, const Work& work) {
   for (int64_t first = 0; first < group; first += HEADS_AT_ONCE) {
     const int64_t left = group - first;
-    if (left >= 4) work(first, number_of_heads<4>);
-    else if (left == 3) work(first, number_of_heads<3>);
-    else if (left == 2) work(first, number_of_heads<2>);
-    else work(first, number_of_heads<1>);
+    if (left >= 4) work(first, constant<4>);
+    else if (left == 3) work(first, constant<3>);
+    else if (left == 2) work(first, constant<2>);
+    else work(first, constant<1>);
   }
 }
 
