@@ -54,8 +54,8 @@ class Answers:
     cache_bytes: int
     """Of the cache at the end of its own answer."""
     step_seconds: float | None
-    """Median decode step of its own answer, those left out that something was compiled in; ``None`` where none is left.
-    """
+    """A decode step of its own answer: the median over means of `Contender.period` steps in a row, or the mean step where
+    there are not so many. Left out are those that something was compiled in; ``None`` where none is left."""
 
 
 def dense_answers(model: Any, contender: Contender, inputs: Mapping[str, Any], max_new_tokens: int) -> DenseAnswers:
@@ -81,7 +81,7 @@ def answers(
     """
     listener = _Listener(dense, keeps_prompt=bool(prompt_only) and "attention_mask" in inputs)
     tokens, cache = _generate(model, contender, inputs, max_new_tokens, listener)
-    seconds = listener.step_seconds()
+    seconds = listener.step_seconds(contender.period)
     if any(tokens[row, :length].tolist() != dense.tokens[row, :length].tolist() for row, length in _rows(dense)):
         listener = _along(model, contender, inputs, dense, prompt_only, listener)
     divergence, agreement = [], []
@@ -136,24 +136,30 @@ class _Listener:
         """float32 ``[rows, TOP]`` a step."""
         self.chosen: list[Tensor] = []
         """int64 ``[rows]`` a step."""
-        self.seconds: list[float] = []
-        """From the end of one call to the beginning of the next: a decode step, without what is done here. Not of steps
-        that something was compiled in."""
+        self.seconds: list[float | None] = []
+        """From the end of one call to the beginning of the next: a decode step, without what is done here. ``None`` for
+        steps that something was compiled in."""
         self.cache: Any = None
         """The contender's own, where it has one."""
         self.prompt: Any = None
         """With ``keeps_prompt``, a copy of it as it was behind the prompt."""
         self._left, self._compiled = 0.0, 0
 
-    def step_seconds(self) -> float | None:
-        """The median decode step; under a plan that refreshes, one that does not."""
-        return statistics.median(self.seconds) if self.seconds else None
+    def step_seconds(self, period: int = 1) -> float | None:
+        """The median over means of ``period`` steps in a row, or the mean step where there are not so many."""
+        means, row = [], []
+        for seconds in self.seconds:
+            row = [] if seconds is None else [*row, seconds]
+            if len(row) == period:
+                means.append(statistics.fmean(row))
+                row = []
+        timed = [seconds for seconds in self.seconds if seconds is not None]
+        return statistics.median(means) if means else statistics.fmean(timed) if timed else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         arrived, compiled = time.perf_counter(), _compat.compilations()
         if self.found:
-            if compiled == self._compiled:
-                self.seconds.append(arrived - self._left)
+            self.seconds.append(arrived - self._left if compiled == self._compiled else None)
         elif self.keeps_prompt:
             self.prompt = copy.deepcopy(self.cache)
         said = self._hear(scores)

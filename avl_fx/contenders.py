@@ -45,6 +45,8 @@ class Contender:
     """Makes an empty cache; by default the model makes its own."""
     budget: float | None = None
     """Share of the visual keys that it works with, for the picture; ``None``: the share of KV bytes that it stores."""
+    period: int = 1
+    """So many decode steps are timed together: all that differ, such as those from one refresh to the next."""
 
     @classmethod
     def of_plan(cls, plan: PlanSpec, *, compiler: str = "eager", compact: bool = False) -> Contender:
@@ -68,6 +70,7 @@ class Contender:
             prepare=functools.partial(_compiled, plan=found, compiler=compiler),
             cache=(lambda model: AVLCache(found, model.config)) if compact else None,
             budget=None if found.vision_policy is None else found.vision_policy.core,
+            period=1 if found.vision_policy is None else max(1, found.vision_policy.refresh),
         )
 
 

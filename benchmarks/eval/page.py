@@ -125,10 +125,10 @@ def _speed(name: str, report: Mapping[str, Any]) -> str:
     where = report["machine"]
     said = (
         f"One batch of {where['rows']} `{name}` through Inductor, on a machine that did nothing else\n"
-        f"({where['processor']}, threads: {where['threads']}): the median decode step behind prompts of 256 visual\n"
-        "tokens (`python -m benchmarks.eval.speed`). Of A-VL that is a step that does not refresh; one in three\n"
-        "does, and takes longer. The compiled dense models answered as the eager one. Not timed is who stopped\n"
-        "answering before a step that compiled nothing. With such short prompts a step is weights;\n"
+        f"({where['processor']}, threads: {where['threads']}): a decode step behind prompts of 256 visual tokens\n"
+        "(`python -m benchmarks.eval.speed`), of A-VL the mean over the steps from one refresh to the next; medians\n"
+        "of these. The compiled dense models answered as the eager one. Not timed is who stopped answering before\n"
+        "a step that compiled nothing. With such short prompts a step is weights;\n"
         "[decode.json](../benchmarks/results/decode.json) has longer ones, and lazy layers are timed in\n"
         "[lazy_layers_amd_epyc.json](../benchmarks/results/lazy_layers_amd_epyc.json).\n"
     )
@@ -136,7 +136,7 @@ def _speed(name: str, report: Mapping[str, Any]) -> str:
 
 
 def speeds(report: Mapping[str, Any]) -> list[str]:
-    """Lines of a table: the median decode step, and the ratio to that of Inductor alone."""
+    """Lines of a table: a decode step, and the ratio to that of Inductor alone."""
     results = report["results"]
     lines, base = ["| | ms | over Inductor |", "|---|---:|---:|"], results["Inductor"]["step_seconds"]
     for name, result in results.items():

@@ -70,7 +70,7 @@ def main(
     rows: Annotated[int, typer.Option(help="questions answered together", min=1)] = 16,
     output: Annotated[Path, typer.Option(help="folder of the results")] = RESULTS,
 ) -> None:
-    """Answer one batch as everyone, and save the medians of the steps."""
+    """Answer one batch as everyone, and save what their steps take."""
     torch.manual_seed(0)
     allow_graphs()
     model, processor = load_petite_vlm(MIXTURE)

@@ -172,7 +172,30 @@ def test_a_step_that_compiles_is_not_timed(monkeypatch):
     assert listener.step_seconds() is None
     for _ in range(2):
         listener(torch.zeros(1, 1, dtype=torch.long), torch.randn(1, 80))
-    assert listener.seconds == [1.0, 1.0]
+    assert listener.seconds == [None, None, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "period", "expected"),
+    [
+        ([1.0, 1.0, 4.0], 1, 1.0),
+        ([1.0, 1.0, 4.0, 1.0, 1.0, 4.0, 2.0, 1.0, 4.0], 3, 2.0),
+        ([1.0, None, 1.0, 4.0, 1.0, 9.0], 3, 2.0),  # three in a row begin behind the one that compiled
+        ([1.0, None, 4.0], 3, 2.5),  # not three in a row: all that were timed
+        ([None], 3, None),
+    ],
+)
+def test_steps_of_a_period_are_timed_together(seconds, period, expected):
+    listener = _Listener()
+    listener.seconds = seconds
+    assert listener.step_seconds(period) == expected
+
+
+def test_a_plan_that_refreshes_is_timed_over_its_refreshes():
+    periods = {0: 1, 1: 1, 3: 3}
+    for refresh, period in periods.items():
+        assert Contender.of_plan(Plan.avl(core=0.3, secondary=0.5, refresh=refresh)).period == period
+    assert Contender.of_plan(Plan.identity()).period == 1
 
 
 def apart_from_time(report):
