@@ -54,8 +54,8 @@ class Answers:
     cache_bytes: int
     """Of the cache at the end of its own answer."""
     step_seconds: float | None
-    """A decode step of its own answer: the median over means of `Contender.period` steps in a row, or the mean step where
-    there are not so many. Left out are those that something was compiled in; ``None`` where none is left."""
+    """A decode step of its own answer: the median over means of `Contender.period` steps in a row, or the mean step
+    where there are not so many. Left out are those that something was compiled in; ``None`` where none is left."""
 
 
 def dense_answers(model: Any, contender: Contender, inputs: Mapping[str, Any], max_new_tokens: int) -> DenseAnswers:

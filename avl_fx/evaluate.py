@@ -83,8 +83,8 @@ def evaluate(
     Answers are greedy. The dense model comes first and is called ``dense``. For every contender: the score of its
     answers against the references and its difference to the dense score, both with 95% bootstrap intervals; how often
     its answer is the dense one; how far its choices are from the dense model's along the dense answer (`Answers`);
-    bytes of its KV cache; what a decode step takes (under a plan that refreshes on average, refreshes included), which says
-    something of compiled contenders on an idle machine alone.
+    bytes of its KV cache; what a decode step takes, refreshes included, which says something of compiled
+    contenders on an idle machine alone.
     The model is left exactly as it was.
 
     Args:
