@@ -147,7 +147,8 @@ class _Listener:
 
     def step_seconds(self, period: int = 1) -> float | None:
         """The median over means of ``period`` steps in a row, or the mean step where there are not so many."""
-        means, row = [], []
+        means: list[float] = []
+        row: list[float] = []
         for seconds in self.seconds:
             row = [] if seconds is None else [*row, seconds]
             if len(row) == period:
