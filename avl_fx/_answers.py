@@ -52,7 +52,7 @@ class Answers:
     agreement: tuple[float, ...]
     """Share of the dense answer's tokens that it would choose as well, after the dense tokens before them."""
     cache_bytes: int
-    """Of the cache at the end of its own answer."""
+    """Of the cache at the end of the dense answer: its own one may be longer or shorter."""
     step_seconds: float | None
     """A decode step of its own answer: the median over means of `Contender.period` steps in a row, or the mean step
     where there are not so many. Left out are those that something was compiled in; ``None`` where none is left."""
@@ -83,7 +83,7 @@ def answers(
     tokens, cache = _generate(model, contender, inputs, max_new_tokens, listener)
     seconds = listener.step_seconds(contender.period)
     if any(tokens[row, :length].tolist() != dense.tokens[row, :length].tolist() for row, length in _rows(dense)):
-        listener = _along(model, contender, inputs, dense, prompt_only, listener)
+        listener, cache = _along(model, contender, inputs, dense, prompt_only, listener)
     divergence, agreement = [], []
     for row, length in _rows(dense):
         terms = [_divergence(dense, listener, step, row) for step in range(length)]
@@ -101,13 +101,16 @@ def _along(
     dense: DenseAnswers,
     prompt_only: Sequence[str],
     first: _Listener,
-) -> _Listener:
-    """What ``contender`` thinks of every token of the dense answers; ``first`` heard its own."""
+) -> tuple[_Listener, int]:
+    """What ``contender`` thinks of every token of the dense answers, and the bytes of its cache behind them.
+
+    ``first`` heard its own answers.
+    """
     listener, steps = _Listener(dense, forced=True), dense.tokens.shape[1]
     if first.prompt is None:
-        _generate(model, contender, inputs, steps, listener)
-        return listener
+        return listener, _generate(model, contender, inputs, steps, listener)[1]
     listener.found, listener.chosen = first.found[:1], first.chosen[:1]  # the prompt's: both say the same
+    cache = cache_bytes(first.prompt)
     if steps > 1:
         said = dense.tokens[:, :1].to(inputs["input_ids"].device)
 
@@ -122,8 +125,8 @@ def _along(
                 yield {name: value for name, value in used.items() if name not in prompt_only} | longer
 
         forked = replace(contender, around=behind_the_prompt, cache=lambda _: first.prompt)
-        _generate(model, forked, inputs, steps - 1, listener)
-    return listener
+        _, cache = _generate(model, forked, inputs, steps - 1, listener)
+    return listener, cache
 
 
 class _Listener:

@@ -135,6 +135,15 @@ def test_a_compact_cache_is_smaller(model, task):
     assert compact.budget == 0.25
 
 
+def test_bytes_are_those_behind_the_dense_answer(model, prompts):
+    """An answer of `NEW` tokens beside a dense one of three: the longer cache says nothing of the contender."""
+    dense = dense_answers(model, Contender("dense"), prompts[0], 3)
+    dense = replace(dense, tokens=dense.tokens.roll(1, 1))
+    found = answers(model, Contender("dense again"), prompts[0], NEW, dense)
+    assert found.tokens.shape[1] == NEW > dense.tokens.shape[1]
+    assert found.cache_bytes == dense.cache_bytes
+
+
 def test_it_stops_counting_at_the_end_of_an_answer(model, prompts):
     """A row that ends early is followed by padding, which nobody is judged by."""
     inputs = prompts[0]
