@@ -13,7 +13,7 @@ from torch import fx
 
 from avl_fx import _compat
 from avl_fx.errors import AvlError, CacheStateError, InternalError
-from avl_fx.modality import carried, given
+from avl_fx.modality import carried, given, may_carry
 from avl_fx.observe import active_observer
 from avl_fx.options import BackendOptions, parse_options
 from avl_fx.passes.context import PassContext
@@ -92,6 +92,7 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
     record.nodes_after = len(gm.graph.nodes)
     record.linears["after"], record.linear_flops["after"] = _linears(gm)
     dense_keys = _dense_keys(gm, ctx)
+    hidden = [position for position, tensor in enumerate(example_inputs) if may_carry(tensor)]
     if keep_text:
         record.after = _compat.readable(gm)
     if options.dump is not None:
@@ -102,7 +103,7 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
     record.compile_seconds = time.perf_counter() - start
     if recorder is not None:
         recorder.graphs.append(record)
-    return CompiledGraph.of(compiled, ctx, record, dense_keys, past)
+    return CompiledGraph.of(compiled, ctx, record, dense_keys, past, hidden)
 
 
 def _make_context(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> PassContext:

@@ -24,6 +24,7 @@ __all__ = [
     "given",
     "given_keys",
     "given_rows",
+    "may_carry",
     "modality_ids",
     "pop_given",
     "push_given",
@@ -146,14 +147,19 @@ def pop_given(token: Token[_Given | None] | None) -> None:
 def attach(outputs: Iterable[Any], visual: Tensor) -> None:
     """Let ``visual`` ride on every output that looks like hidden states ``[batch, sequence, hidden]``."""
     for tensor in outputs:
-        if isinstance(tensor, Tensor) and tensor.dim() == 3 and tensor.shape[:2] == visual.shape:
+        if may_carry(tensor) and tensor.shape[:2] == visual.shape:
             setattr(tensor, _ATTRIBUTE, visual)
+
+
+def may_carry(tensor: Any) -> bool:
+    """Whether ``tensor`` looks like hidden states ``[batch, sequence, hidden]``: visual positions ride on no others."""
+    return isinstance(tensor, Tensor) and tensor.dim() == 3
 
 
 def carried(inputs: Iterable[Any]) -> Tensor | None:
     """Visual positions that ride on one of ``inputs``."""
     for tensor in inputs:
-        if isinstance(tensor, Tensor) and tensor.dim() == 3:
+        if may_carry(tensor):
             visual = getattr(tensor, _ATTRIBUTE, None)
             if visual is not None:
                 return visual

@@ -455,8 +455,12 @@ class Partition:
 
     def attach(self, keys: Sequence[Tensor]) -> None:
         """Let this state ride on ``keys``, the key tensors of all its layers as they are now."""
+        riding: dict[int, _Attached] = {}
         for tensor in keys:
-            setattr(tensor, _ATTRIBUTE, _Attached(self, self.generation, _version(tensor)))
+            version = _version(tensor)
+            if version not in riding:
+                riding[version] = _Attached(self, self.generation, version)
+            setattr(tensor, _ATTRIBUTE, riding[version])
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class CompiledGraph:
     visual: VisualCalls | None = None
     past: Sequence[int] = ()
     """Input positions of the keys and values of dynamic caches."""
+    hidden: Sequence[int] = ()
+    """Input positions of what looks like hidden states: visual positions may ride there."""
     observed: ObservedGraph | None = None
 
     @classmethod
@@ -58,6 +60,7 @@ class CompiledGraph:
         record: GraphRecord,
         dense_keys: Sequence[tuple[int, int | None]] = (),
         past: Sequence[int] = (),
+        hidden: Sequence[int] = (),
     ) -> CompiledGraph:
         """What runs ``compiled`` as the passes left word in ``ctx``."""
         growing, partition = None, None
@@ -78,6 +81,7 @@ class CompiledGraph:
             takes_ranges=ctx.ranges is not None,
             visual=None if ctx.visual_inputs is None else VisualCalls.of(ctx.visual_inputs),
             past=past,
+            hidden=hidden,
             observed=None if ctx.observed is None else ObservedGraph.of(ctx.observed, record),
         )
 
@@ -133,7 +137,11 @@ class CompiledGraph:
             tokens = self.partition.tokens(args, state)
         else:
             tokens = args[self.past[0]].shape[2] if self.past else None
-        return self.visual.new(args, tokens), self.visual.past(args, state)
+        return self.visual.new(args, tokens, self._carried(args)), self.visual.past(args, state)
+
+    def _carried(self, args: Sequence[Any]) -> Tensor | None:
+        # Asked at every step: most inputs are weights.
+        return carried(args[position] for position in self.hidden)
 
     def _mark_dropped(self, outputs: list[Any]) -> None:
         for drop in self.dropped:
@@ -148,7 +156,7 @@ class CompiledGraph:
         """Let visual positions ride on; returns those of this forward where they are known."""
         recorder = active_recorder()
         if visual is None:
-            visual = carried(args) if self.record.visual != "none" or recorder is not None else None
+            visual = self._carried(args) if self.record.visual != "none" or recorder is not None else None
         if visual is not None:
             attach(outputs, visual)
         if recorder is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
-from avl_fx.modality import carried, given_rows
+from avl_fx.modality import given_rows
 from avl_fx.partition import Partition, ranges_of
 from avl_fx.passes.context import Size, VisualInputs
 
@@ -42,18 +42,18 @@ class VisualCalls:
         queries = 1 if inputs.queries is None else inputs.queries
         return cls(inputs.batch, queries, inputs.new is not None, inputs.past is not None, inputs.starts, device)
 
-    def new(self, args: Sequence[Any], tokens: int | None) -> tuple[Tensor, ...]:
+    def new(self, args: Sequence[Any], tokens: int | None, visual: Tensor | None) -> tuple[Tensor, ...]:
         """Ranges of this forward's visual positions, counted from its first.
 
         Args:
             args: the graph's own inputs.
             tokens: how many the cache holds before this forward; ``None``: not known.
+            visual: bool ``[batch, queries]``, what rides on ``args``; ``None``: nothing does.
         """
         if not self.takes_new:
             return ()
         batch, queries = _size(self.batch, args), _size(self.queries, args)
         tokens = 0 if self.starts else tokens
-        visual = carried(args)
         if visual is None:
             visual = given_rows(queries, tokens)
         if visual is not None and visual.shape != (batch, queries):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import avl_fx
 from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
-from avl_fx.modality import attach, given_rows
+from avl_fx.modality import attach, carried, given_rows
 from avl_fx.partition import Partition, ranges_of
 from avl_fx.passes.visual_inputs import _flags
 from avl_fx.policies import VisionPolicy
@@ -66,7 +66,7 @@ def calls(**settings):
 
 
 def named(served, hidden, tokens=None):
-    (ranges,) = served.new([hidden], tokens)
+    (ranges,) = served.new([hidden], tokens, carried([hidden]))
     return _flags(ranges, torch.zeros(len(hidden), 1, hidden.shape[1], 1))
 
 
@@ -104,7 +104,7 @@ def test_unknown_is_text():
     with avl_fx.modality_ids(VISUAL):
         # A static cache does not say how many tokens it holds.
         assert not named(calls(starts=False), torch.zeros(2, 4, 4), tokens=None).any()
-    assert calls(takes_new=False).new([torch.zeros(2, 6, 4)], 0) == ()
+    assert calls(takes_new=False).new([torch.zeros(2, 6, 4)], 0, None) == ()
 
 
 def test_another_batch_is_said(caplog):
