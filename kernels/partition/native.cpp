@@ -6,6 +6,49 @@
 #include <limits>
 #include <vector>
 
+namespace {
+
+constexpr int64_t LINE = 64;
+// Pairs of rows to ask for in advance: where the next one lies no processor can guess.
+constexpr int64_t AHEAD = 8;
+
+// The moves of one matrix of rows, with strides in elements.
+struct Moves {
+  const int64_t *source, *slots;
+  int64_t count, source_step, slots_step;
+
+  int64_t from(int64_t i) const { return source[i * source_step]; }
+  int64_t to(int64_t i) const { return slots[i * slots_step]; }
+};
+
+// Whether each two moves, one after the other, let two rows change places, or are none. So does `avl_reselect` name them.
+bool are_swaps(const Moves& moves) {
+  if (moves.count % 2) return false;
+  for (int64_t i = 0; i < moves.count; i += 2) {
+    const bool none = moves.to(i) < 0 && moves.to(i + 1) < 0;
+    if (!none && (moves.to(i) != moves.from(i + 1) || moves.to(i + 1) != moves.from(i))) return false;
+  }
+  return true;
+}
+
+// Two rows of `bytes` change places, with nothing kept but in registers.
+void swap_rows(char* x, char* y, int64_t bytes) {
+  typedef char Line __attribute__((vector_size(LINE)));
+  int64_t at = 0;
+  for (; at + LINE <= bytes; at += LINE) {
+    Line u, v;
+    std::memcpy(&u, x + at, LINE), std::memcpy(&v, y + at, LINE);
+    std::memcpy(x + at, &v, LINE), std::memcpy(y + at, &u, LINE);
+  }
+  std::swap_ranges(x + at, x + bytes, y + at);
+}
+
+void ask_for(const char* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(row + at, 1, 3);
+}
+
+}  // namespace
+
 // new[slot[i]] = old[source[i]] for every i, in each of `batch` x `heads` matrices of rows. Everything is in bytes, but
 // `source` and `slots`, int64 [batch, groups, moves] with strides in elements (0 where all heads are alike).
 extern "C" void avl_partition(char* cache, const int64_t* source, const int64_t* slots, const int64_t* sizes) {
@@ -15,18 +58,27 @@ extern "C" void avl_partition(char* cache, const int64_t* source, const int64_t*
   const int64_t slots_batch = sizes[11], slots_head = sizes[12], slots_move = sizes[13];
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<char> rows(moves * bytes);
+    std::vector<char> rows;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < batch * heads; ++task) {
       const int64_t b = task / heads, h = task % heads;
       char* base = cache + b * cache_batch + h * cache_head;
-      const int64_t* from = source + b * source_batch + h * source_head;
-      const int64_t* to = slots + b * slots_batch + h * slots_head;
+      const Moves own = {source + b * source_batch + h * source_head, slots + b * slots_batch + h * slots_head, moves,
+                         source_move, slots_move};
+      if (are_swaps(own)) {
+        for (int64_t i = 0; i < moves; i += 2) {
+          const int64_t later = i + 2 * AHEAD;
+          if (later < moves && own.to(later) >= 0)
+            ask_for(base + own.to(later) * cache_row, bytes), ask_for(base + own.from(later) * cache_row, bytes);
+          if (own.to(i) >= 0) swap_rows(base + own.to(i) * cache_row, base + own.from(i) * cache_row, bytes);
+        }
+        continue;
+      }
+      rows.resize(moves * bytes);
       for (int64_t i = 0; i < moves; ++i)
-        if (to[i * slots_move] >= 0)
-          std::memcpy(rows.data() + i * bytes, base + from[i * source_move] * cache_row, bytes);
+        if (own.to(i) >= 0) std::memcpy(rows.data() + i * bytes, base + own.from(i) * cache_row, bytes);
       for (int64_t i = 0; i < moves; ++i)
-        if (to[i * slots_move] >= 0) std::memcpy(base + to[i * slots_move] * cache_row, rows.data() + i * bytes, bytes);
+        if (own.to(i) >= 0) std::memcpy(base + own.to(i) * cache_row, rows.data() + i * bytes, bytes);
     }
   }
 }

@@ -166,6 +166,52 @@ def test_awkward_lengths(mover: str, keys: int) -> None:
     assert torch.equal(moved, expected(key, source, slots))
 
 
+def exchanges(batch: int, groups: int, keys: int, pairs: int, seed: int) -> tuple[Tensor, Tensor]:
+    """As a refresh names them on a CPU: two moves let two rows change places; fewer pairs in later batch rows."""
+    source, slots = torch.full((batch, groups, 2 * pairs), 0), torch.full((batch, groups, 2 * pairs), -1)
+    chance = random.Random(seed)
+    for row in range(batch):
+        for group in range(groups):
+            own = torch.tensor(chance.sample(range(keys), 2 * max(0, pairs - 3 * row)), dtype=torch.int64)
+            slots[row, group, : len(own)] = own
+            source[row, group, : len(own)] = own.view(-1, 2).flip(1).flatten()
+    return source, slots
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pairs", [1, 5, 30])
+def test_rows_change_places_in_twos(mover: str, layout: str, dtype: torch.dtype, pairs: int) -> None:
+    """Rows of whole lines of memory and of a part of one; ragged."""
+    for groups in (1, 3):
+        source, slots = exchanges(3, groups, 70, pairs, seed=pairs)
+        key, value = cache(3, 3, 70, 64, dtype), cache(3, 3, 70, 41, dtype, seed=1)
+        moved = laid_out(key, layout), laid_out(value, layout)
+        MOVERS[mover](*moved, source, slots)
+        assert torch.equal(moved[0], expected(key, source, slots))
+        assert torch.equal(moved[1], expected(value, source, slots))
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+@pytest.mark.parametrize(
+    ("source", "slots"),
+    [
+        ([3, 1, 0, 2], [1, 3, 2, 4]),  # the second two change nothing back
+        ([3, 1, 5, 4], [1, 3, 4, 4 + 1]),
+        ([3, 1, 0, 9], [1, 3, -1, 2]),  # one of the second two is none
+        ([3, 1, 2], [1, 3, 4]),  # three of them
+        ([1, 2, 3, 0], [0, 1, 2, 3]),  # a ring
+    ],
+)
+def test_almost_in_twos(mover: str, source: list[int], slots: list[int]) -> None:
+    key = cache(1, 2, 10, 16)
+    order = torch.tensor([[source]]), torch.tensor([[slots]])
+    moved = key.clone()
+    MOVERS[mover](moved, None, *order)
+    assert torch.equal(moved, expected(key, *order))
+
+
 @pytest.mark.parametrize("mover", MOVERS)
 def test_copies_are_allowed(mover: str) -> None:
     """Source need not be a permutation: one row may go to several slots."""

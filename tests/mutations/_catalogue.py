@@ -41,7 +41,8 @@ READS = "tests/avl_fx/test_reads.py -k 'hand or ranges'"
 ONCE = f"{P}read_once.py"
 TILES = "tests/kernels/test_partitioned_decode.py -k 'native and whole_tiles'"
 DECODE = "tests/kernels/test_partitioned_decode.py -k 'native and (is_stored or is_seen)'"
-RESELECT, ALIKE = "tests/kernels/test_reselect.py", "tests/kernels/test_partition.py -k laid_out_alike"
+MOVES = "tests/kernels/test_partition.py"
+RESELECT, ALIKE = "tests/kernels/test_reselect.py", f"{MOVES} -k laid_out_alike"
 STATE, AVL = "tests/avl_fx/test_partition.py", "tests/e2e/test_avl.py -m 'not matrix'"
 OBSERVE, BLOCKS, CALIBRATE = f"{P}observe_attention.py", "tests/avl_fx/test_blocks.py", "tests/avl_fx/test_calibrate.py"
 MODES = "tests/e2e/test_lazy_modes.py -m 'not matrix'"
@@ -768,6 +769,17 @@ MUTATIONS: list[Mutation] = [
             RESELECT,
         ),
         ("pair rows that do not move", "inside & ~wanted", "inside", RESELECT),
+    ),
+    *_in(
+        "kernels/partition/native.cpp",
+        ("let all moves be swaps", "if (are_swaps(own)) {", "if (true) {", f"{MOVES} -k almost_in_twos"),
+        ("leave the end of a row", "  std::swap_ranges(x + at, x + bytes, y + at);\n", "", f"{MOVES} -k change_places"),
+        (
+            "take the order of two rows for granted",
+            "if (!none && (moves.to(i) != moves.from(i + 1) || moves.to(i + 1) != moves.from(i))) return false;",
+            "if (!none && moves.to(i) != moves.from(i + 1)) return false;",
+            f"{MOVES} -k almost_in_twos",
+        ),
     ),
     *_in(
         "kernels/partition/layers.py",
