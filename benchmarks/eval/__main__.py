@@ -22,7 +22,7 @@ from benchmarks.eval.page import ABLATIONS, MACHINE, RESULTS
 from benchmarks.eval.tasks import METRIC_OF, task_of
 from examples.petite_vlm.data import DATASETS
 from examples.petite_vlm.mixture_plans import training_prompts
-from examples.petite_vlm.model import LAZY, MIXTURE, load_petite_vlm
+from examples.petite_vlm.model import LAZY, READER, load_petite_vlm
 from examples.petite_vlm.processor import PetiteProcessor
 
 console = Console()
@@ -55,7 +55,7 @@ def main(
     ] = None,
     images: Annotated[int, typer.Option(help="held-out pictures of each data set", min=2)] = 100,
     calibration: Annotated[int, typer.Option(help="training pictures to calibrate on; 0: no lazy plans")] = 48,
-    adapter: Annotated[Path, typer.Option(help="the adapter file")] = MIXTURE,
+    adapter: Annotated[Path, typer.Option(help="the adapter file")] = READER,
     tuned: Annotated[
         Path | None,
         typer.Option(
@@ -78,7 +78,7 @@ def main(
     torch.manual_seed(0)
     model, processor = load_petite_vlm(adapter)
     layers: int = model.config.get_text_config().num_hidden_layers
-    if tuned is None and adapter == MIXTURE and not quick:
+    if tuned is None and adapter == READER and not quick:
         tuned = LAZY
     budgets = shares or ((0.3,) if quick else SHARES)
     if quick:

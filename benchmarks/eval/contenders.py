@@ -14,7 +14,7 @@ from benchmarks.eval.tuned import with_weights_of
 from examples.petite_vlm.lazy_layers import PREFIX, random_blocks
 from examples.petite_vlm.model import trained_under
 
-__all__ = ["Blocks", "ablations", "contenders", "partitioned"]
+__all__ = ["Blocks", "ablations", "contenders", "kept_to_compute", "partitioned"]
 
 CORE_OF_SECONDARY = 0.6
 """A-VL computes so much of what it keeps at steps that do not refresh (0.3 of 0.5 in the paper)."""
@@ -36,6 +36,11 @@ def partitioned(share: float, rows: int = 1) -> Plan:
     return Plan.avl(core=core, secondary=share, refresh=3, text=None, scoring_window=rows)
 
 
+def kept_to_compute(share: float) -> float:
+    """What A-VL keeps to compute so many of the visual keys between refreshes: as many as a control that keeps them."""
+    return share / CORE_OF_SECONDARY
+
+
 def contenders(
     shares: Sequence[float], blocks: Sequence[Blocks], layers: int, compiler: str, tuned: Path | None = None
 ) -> dict[str, Contender]:
@@ -53,8 +58,10 @@ def contenders(
     prompts = Prompts(PREFIX)
     found: dict[str, Contender] = {}
     for share in shares:
-        found[f"A-VL {share:.0%}"] = plan(partitioned(share))
-        found[f"A-VL, {LATE} rows {share:.0%}"] = plan(partitioned(share, LATE))
+        for kept in (share, kept_to_compute(share)):
+            if kept <= max(shares):
+                found[f"A-VL {kept:.0%}"] = plan(partitioned(kept))
+                found[f"A-VL, {LATE} rows {kept:.0%}"] = plan(partitioned(kept, LATE))
         for name in CONTROLS:
             found[f"{name} {share:.0%}"] = control(name, share, prompts)
         found[f"down-sampled {share:.0%}"] = down_sampled(share)

@@ -24,7 +24,7 @@ from benchmarks.eval.contenders import partitioned
 from benchmarks.eval.page import OVERLAYS, RESULTS
 from examples.petite_vlm.data import DATASETS
 from examples.petite_vlm.lazy_layers import PREFIX
-from examples.petite_vlm.model import MIXTURE, load_petite_vlm
+from examples.petite_vlm.model import READER, load_petite_vlm
 from tests.oracle.avl import AvlOracle, avl_oracle
 
 __all__ = ["Choices", "draw", "watch"]
@@ -119,7 +119,7 @@ def main(
     image: Annotated[int, typer.Option(help="number of the held-out picture")] = 0,
     share: Annotated[float, typer.Option(help="of the visual tokens that is kept")] = 0.3,
     new_tokens: int = 64,
-    adapter: Annotated[Path, typer.Option(help="the adapter file")] = MIXTURE,
+    adapter: Annotated[Path, typer.Option(help="the adapter file")] = READER,
     output: Annotated[Path | None, typer.Option(help="the picture to write")] = None,
 ) -> None:
     """Draw the choices for the first question about a held-out picture."""

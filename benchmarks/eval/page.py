@@ -28,18 +28,18 @@ OVERLAYS = "overlays"
 """Where in the folder of the results `benchmarks.eval.overlay` puts its pictures."""
 INTRO = """# What the methods cost in answers
 
-Written by `python -m benchmarks.eval.page` from `benchmarks/results/eval`, which `make eval` makes (all questions about
-100 pictures of each data set; with `--limit` so many batches of 16: the sections say how many were asked). The model
-is [petite_vlm](../examples/petite_vlm/README.md); pictures are held out, answers greedy, the prompt is always dense.
-Scores stand with 95% bootstrap intervals over pictures. **to dense** is the difference in points, question by question.
-**nats** is the divergence from the dense model along its own answers. **KV** is the cache in shares of the dense one's
-bytes: plans run on an `AVLCache`; controls hide keys by masks, and nothing is said of them. Steps were timed by
-themselves, through Inductor: [speed](#speed).
+Written by `python -m benchmarks.eval.page` from `benchmarks/results/eval`, which `make eval` makes (all questions
+about 100 pictures of each data set; with `--limit` so many batches of 16: the sections say how many were asked). The
+model is the [reader](../examples/petite_vlm/README.md#trained-on-a-gpu) among the adapters of petite_vlm; pictures are
+held out, answers greedy, the prompt is always dense. Scores stand with 95% bootstrap intervals over pictures. **to
+dense** is the difference in points, question by question. **nats** is the divergence from the dense model along its
+own answers. **KV** is the cache in shares of the dense one's bytes: plans run on an `AVLCache`; controls hide keys by
+masks, and nothing is said of them. Steps were timed by themselves, through Inductor: [speed](#speed).
 
 *A-VL s* keeps a share s of the visual keys and computes 0.6 s at steps that do not refresh (every third does), so it
-reads less than any control at the same s, which reads s at every step. It scores by the last token of the prompt, as
-the paper does; *A-VL, 8 rows s* by the last eight, which all stand behind the picture here. Controls choose once, at
-the end of the prompt:
+reads less than any control at the same s, which reads s at every step; *A-VL 17%* computes 10%, as these controls do
+at 10%, and *A-VL 50%* 30%. It scores by the last token of the prompt, as the paper does; *A-VL, 8 rows s* by the last
+eight, which all stand behind the picture here. Controls choose once, at the end of the prompt:
 
 | control | keeps |
 |---|---|

@@ -25,7 +25,7 @@ from benchmarks.eval.contenders import partitioned
 from benchmarks.eval.page import MACHINE, RESULTS, SPEED, speeds
 from benchmarks.eval.tasks import task_of
 from benchmarks.eval.tuned import with_weights_of
-from examples.petite_vlm.model import LAZY, MIXTURE, load_petite_vlm, trained_under
+from examples.petite_vlm.model import LAZY, READER, load_petite_vlm, trained_under
 from examples.petite_vlm.under_plans import allow_graphs
 
 console = Console()
@@ -73,7 +73,7 @@ def main(
     """Answer one batch as everyone, and save what their steps take."""
     torch.manual_seed(0)
     allow_graphs()
-    model, processor = load_petite_vlm(MIXTURE)
+    model, processor = load_petite_vlm(READER)
     folder = output / f"{DATA}{SPEED}"
     (folder / "answers.jsonl").unlink(missing_ok=True)  # timings of another run are nothing to go on from
     avl_fx.evaluate(model, task_of(DATA, processor, rows, rows), everyone(LAZY), output=folder, limit=1)

@@ -21,7 +21,7 @@ from avl_fx import Plan
 
 from .data import DATASETS
 from .lazy_layers import Mode
-from .model import MIXTURE, load_petite_vlm
+from .model import READER, load_petite_vlm
 from .processor import PetiteProcessor
 
 console = Console()
@@ -42,7 +42,7 @@ def training_prompts(
 def main(
     kv_saving: Annotated[float, typer.Option(help="share of the KV bytes that lazy layers save in mode gla")] = 0.35,
     images: Annotated[int, typer.Option(help="training pictures of each data set")] = 12,
-    adapter: Path = MIXTURE,
+    adapter: Path = READER,
     output: Annotated[Path, typer.Option(help="folder for the plans")] = PLANS,
 ) -> None:
     """Calibrate once, and write the blocks in every mode."""

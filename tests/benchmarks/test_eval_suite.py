@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from avl_fx import Contender, Plan
 from benchmarks.eval import tasks
-from benchmarks.eval.contenders import CORE_OF_SECONDARY, ablations, contenders, partitioned
+from benchmarks.eval.contenders import CORE_OF_SECONDARY, ablations, contenders, kept_to_compute, partitioned
 from benchmarks.eval.controls import CONTROLS
 from benchmarks.eval.overlay import Choices, draw
 from benchmarks.eval.page import main, page
@@ -29,6 +29,9 @@ def test_every_control_meets_every_budget():
     assert {f"{name} {share}" for name in CONTROLS for share in ("50%", "10%")} < set(found)
     assert {f"{way} {share}" for way in ("A-VL", "A-VL, 8 rows") for share in ("50%", "10%")} < set(found)
     assert {"down-sampled 50%", "other pictures"} < set(found)
+    ours = [name for name in found if name.startswith("A-VL ") and "lazy" not in name]
+    assert ours == ["A-VL 50%", "A-VL 10%", "A-VL 17%"], "what computes 10% as well"
+    assert partitioned(kept_to_compute(0.1)).vision_policy.core == 0.1
     assert [name for name in found if "lazy" in name] == [
         "lazy 15, gla",
         "lazy 15, vla",

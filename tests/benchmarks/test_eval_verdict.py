@@ -29,17 +29,32 @@ RESULTS = {
 }
 
 
+def rows_of(results, name):
+    """Cells of the rows called ``name``, without it, one list a table."""
+    lines = verdict({name: {"results": results}}).splitlines()
+    return [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines if line.startswith(f"| {name} |")]
+
+
 def test_every_column_is_of_the_right_contender():
-    line = verdict({"words": {"results": RESULTS}}).splitlines()[-1]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[:2] == ["words", "80.0%"]
-    assert cells[2:7] == ["0.0%", "", "50.0%", "-12.5%", "5.0%"]
-    assert cells[7:10] == ["2.5%", "", ""]
-    assert cells[10:12] == ["", ""], "nobody was asked with 30%"
-    assert cells[12] == "+10.0 to strided (-0.1000 to FastV-like)"
-    assert cells[13] == "+25.0 to strided (+0.0500 to FastV-like)"
+    lost, ahead = rows_of(RESULTS, "words")
+    assert lost[0] == "80.0%"
+    assert lost[1:6] == ["0.0%", "", "50.0%", "-12.5%", "5.0%"]
+    assert lost[6:] == ["2.5%", "", ""]
+    assert ahead[:4] == [""] * 4, "no control was asked with 30%"
+    assert ahead[4] == "+10.0 to strided (-0.1000 to FastV-like)"
+    assert ahead[5] == "+25.0 to strided (+0.0500 to FastV-like)"
+    assert ahead[6:] == ["", ""], "nobody was asked who computes 10%"
+
+
+def test_who_computes_as_much_is_held_against_controls_of_a_smaller_share():
+    _, ahead = rows_of(RESULTS | {"A-VL 17%": result(0.7, 0.15), "random 30%": result(0.6, 0.01)}, "words")
+    assert ahead == [
+        *("", "", "+20.0 to random (+0.0100 to random)", ""),
+        *("+10.0 to strided (-0.1000 to FastV-like)", "+25.0 to strided (+0.0500 to FastV-like)"),
+        *("+20.0 to strided (-0.0500 to FastV-like)", ""),
+    ]
 
 
 def test_a_model_that_knows_nothing_loses_nothing_that_could_be_told():
-    line = verdict({"captions": {"results": {name: result(0.0) for name in RESULTS}}}).splitlines()[-1]
-    assert line.startswith("| captions | 0.0% |  |  |  |  |  |  |  |  |")
+    lost, _ = rows_of({name: result(0.0) for name in RESULTS}, "captions")
+    assert lost == ["0.0%", *[""] * 8]
