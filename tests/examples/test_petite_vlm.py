@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from examples.petite_vlm.model import (
     ADAPTER,
     FEATURE_LAYERS,
     MIXTURE,
+    READER,
     build_config,
     load_petite_vlm,
     named_as_here,
@@ -473,15 +475,16 @@ def test_adapter_is_the_described_one_and_small():
     assert described["held_out"]["accuracy_shuffled"]["all"] < 0.45
 
 
-def test_what_the_mixture_answers_is_what_the_readme_says():
-    described = json.loads(MIXTURE.with_suffix(".json").read_text())
-    tensors, scale = read_adapter(MIXTURE)  # checks the sha256
-    assert MIXTURE.stat().st_size == described["bytes"] <= 20 * 2**20
-    assert scale == described["recipe"]["lora_scale"]
-    assert trained_at(MIXTURE) == (224, (4, 7, -3))
+def described(adapter: Path) -> dict[str, Any]:
+    """What was written of an adapter of all data sets, by kind of question, in the order of the README."""
+    facts = json.loads(adapter.with_suffix(".json").read_text())
+    tensors, scale = read_adapter(adapter)  # checks the sha256
+    assert adapter.stat().st_size == facts["bytes"] <= 20 * 2**20
+    assert scale == facts["recipe"]["lora_scale"]
+    assert trained_at(adapter) == (224, (4, 7, -3))
     assert tensors["projector.linear_1.weight"].shape == (576, 3 * 384)
-    found, readme = described["held_out"]["found"], (FOLDER / "README.md").read_text()
-    rows = {
+    found = facts["held_out"]["found"]
+    return {
         "`easy_vqa`": found["easy_vqa"]["all"],
         "`composites`: what, which": found["composites"]["what"],
         "`composites`: where": found["composites"]["where"],
@@ -492,9 +495,15 @@ def test_what_the_mixture_answers_is_what_the_readme_says():
         "`words`": found["words"]["all"],
         "`captions`": found["captions"]["all"],
     }
-    for name, share in rows.items():
+
+
+def test_what_the_adapters_answer_is_what_the_readme_says():
+    mixture, reader, readme = described(MIXTURE), described(READER), (FOLDER / "README.md").read_text()
+    for name, share in mixture.items():
         right, other, tokens = (f"{share[key]:.1%}" for key in ("right", "another image", "tokens"))
         assert f"| {name} | {share['questions']} | {right} | {other} | {tokens} |" in readme, name
+        own, unseen, spelt = (f"{reader[name][key]:.1%}" for key in ("right", "another image", "tokens"))
+        assert f"| {name} | {share['questions']} | {right} | {own} | {unseen} | {spelt} |" in readme, name
 
 
 def test_damaged_adapter_is_refused(tmp_path: Path):
