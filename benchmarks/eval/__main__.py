@@ -92,7 +92,8 @@ def main(
             ways = contenders(budgets, blocks, layers, compiler, tuned)
         folder = output / (f"{name}{ABLATIONS}" if ablation else name)
         report = avl_fx.evaluate(model, task, ways, output=folder, limit=limit)
-        (folder / MACHINE).write_text(json.dumps(machine(), indent=1) + "\n", encoding="utf-8")
+        facts = machine() | {"adapter": adapter.stem}
+        (folder / MACHINE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         console.print(report.markdown(), markup=False)
     console.print(f"saved in {output}")
 

@@ -23,18 +23,19 @@ ABLATIONS = "-ablations"
 SPEED = "-speed"
 """What the folder of `benchmarks.eval.speed` is called, behind the data set's name."""
 MACHINE = "machine.json"
-"""What the milliseconds of a folder were measured on."""
+"""What the milliseconds of a folder were measured on, and the adapter that was asked."""
 OVERLAYS = "overlays"
 """Where in the folder of the results `benchmarks.eval.overlay` puts its pictures."""
 INTRO = """# What the methods cost in answers
 
 Written by `python -m benchmarks.eval.page` from `benchmarks/results/eval`, which `make eval` makes (all questions
 about 100 pictures of each data set; with `--limit` so many batches of 16: the sections say how many were asked). The
-model is the [reader](../examples/petite_vlm/README.md#trained-on-a-gpu) among the adapters of petite_vlm; pictures are
-held out, answers greedy, the prompt is always dense. Scores stand with 95% bootstrap intervals over pictures. **to
-dense** is the difference in points, question by question. **nats** is the divergence from the dense model along its
-own answers. **KV** is the cache in shares of the dense one's bytes: plans run on an `AVLCache`; controls hide keys by
-masks, and nothing is said of them. Steps were timed by themselves, through Inductor: [speed](#speed).
+model is [petite_vlm](../examples/petite_vlm/README.md#trained-on-a-gpu) with the adapter that stands beside each data
+set; pictures are held out, answers greedy, the prompt is always dense. Scores stand with 95% bootstrap intervals over
+pictures. **to dense** is the difference in points, question by question. **nats** is the divergence from the dense
+model along its own answers. **KV** is the cache in shares of the dense one's bytes: plans run on an `AVLCache`;
+controls hide keys by masks, and nothing is said of them. Steps were timed by themselves, through Inductor:
+[speed](#speed).
 
 *A-VL s* keeps a share s of the visual keys and computes 0.6 s at steps that do not refresh (every third does), so it
 reads less than any control at the same s, which reads s at every step; *A-VL 17%* computes 10%, as these controls do
@@ -162,7 +163,9 @@ def _section(heading: str, report: Mapping[str, Any]) -> list[str]:
             f"| {contender} | {score['mean']:.1%} | {score['low']:.1%} to {score['high']:.1%} | {to_dense} "
             f"| {result['divergence']:.3f} | {stored} |"
         )
-    asked = f"{report['questions']} questions about {report['groups']} pictures.\n"
+    asked = f"{report['questions']} questions about {report['groups']} pictures"
+    adapter = report.get("machine", {}).get("adapter")
+    asked += ".\n" if adapter is None else f", asked of `{adapter}`.\n"
     pictures = [f"![{said}]({path})\n" for said, path in report.get("pictures", {}).items()]
     return [heading, asked, "\n".join(lines) + "\n", *pictures]
 

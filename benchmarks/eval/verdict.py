@@ -36,6 +36,7 @@ RIVALS = (*CONTROLS, "down-sampled")
 
 def verdict(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown, of reports by data set; a cell is empty where nobody was asked."""
+    found = {_asked(name, report): report for name, report in found.items()}
     lost = _table(["dense", *(f"{column}: lost" for column in LOST)], {n: _losses(r) for n, r in found.items()})
     duels = [
         (f"{way} {keeps(share):.0%}", f"{share:.0%}", how)
@@ -48,6 +49,12 @@ def verdict(found: Mapping[str, Mapping[str, Any]]) -> str:
         {name: [_ahead(report["results"], ours, share) for ours, share, _ in duels] for name, report in found.items()},
     )
     return f"{HOPED}\n{lost}\n{AHEAD}\n{ahead}"
+
+
+def _asked(name: str, report: Mapping[str, Any]) -> str:
+    """The data set, and the adapter that was asked where that is known."""
+    adapter = report.get("machine", {}).get("adapter")
+    return name if adapter is None else f"{name}, {adapter}"
 
 
 def _table(columns: list[str], rows: Mapping[str, list[str]]) -> str:

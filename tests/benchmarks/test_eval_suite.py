@@ -219,7 +219,7 @@ def test_the_page_links_what_was_drawn(tmp_path):
         (tmp_path / "results" / name).mkdir(parents=True)
         (tmp_path / "results" / name / "evaluation.json").write_text(json.dumps(report))
     (tmp_path / "results" / "words" / "evaluation.png").touch()
-    (tmp_path / "results" / "words" / "machine.json").write_text('{"processor": "abacus", "threads": 2}')
+    (tmp_path / "results" / "words" / "machine.json").write_text('{"processor": "abacus", "adapter": "reader"}')
     (tmp_path / "results" / "overlays").mkdir()
     (tmp_path / "results" / "overlays" / "composites.png").touch()
     (tmp_path / "docs").mkdir()
@@ -228,3 +228,4 @@ def test_the_page_links_what_was_drawn(tmp_path):
     links = [line.rpartition("(")[2].rstrip(")") for line in said.splitlines() if line.startswith("![")]
     assert links == ["../results/overlays/composites.png", "../results/words/evaluation.png"]
     assert "9 questions about 3 pictures." in said
+    assert "9 questions about 3 pictures, asked of `reader`." in said

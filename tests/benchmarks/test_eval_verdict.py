@@ -55,6 +55,11 @@ def test_who_computes_as_much_is_held_against_controls_of_a_smaller_share():
     ]
 
 
+def test_the_adapter_is_named_where_it_is_known():
+    said = verdict({"words": {"results": RESULTS, "machine": {"adapter": "reader"}}})
+    assert said.count("| words, reader |") == 2
+
+
 def test_a_model_that_knows_nothing_loses_nothing_that_could_be_told():
     lost, _ = rows_of({name: result(0.0) for name in RESULTS}, "captions")
     assert lost == ["0.0%", *[""] * 8]
