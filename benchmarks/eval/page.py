@@ -55,7 +55,8 @@ eight, which all stand behind the picture here. Controls choose once, at the end
 | other pictures | all keys, of another picture: what can be said without looking |
 
 *lazy n* has n lazy layers of 30. *tuned lazy n* has the weights of `adapter/lazy_35.safetensors`, which were trained
-under such plans; it too is compared with the dense model as it was. *tuned, dense* are these weights without a plan.
+under such plans, from the mixture on, which reads less; it too is compared with the dense reader. *tuned, dense* are
+these weights without a plan.
 
 kvpress is not among them: 0.5.5, the newest, needs a transformers older than 5.3. Its SnapKV looks at more rows, pools
 what they see, and chooses for each head.
@@ -124,12 +125,18 @@ def page(
 
 def _speed(name: str, report: Mapping[str, Any]) -> str:
     where = report["machine"]
+    # Runs that do not say so took medians of single steps.
+    of_refreshes = (
+        "the mean over the steps from one refresh to the next;\nmedians of these."
+        if where.get("refreshes")
+        else "a step that does not refresh;\none in three does, and takes longer."
+    )
     said = (
         f"One batch of {where['rows']} `{name}` through Inductor, on a machine that did nothing else\n"
         f"({where['processor']}, threads: {where['threads']}): a decode step behind prompts of 256 visual tokens\n"
-        "(`python -m benchmarks.eval.speed`), of A-VL the mean over the steps from one refresh to the next; medians\n"
-        "of these. The compiled dense models answered as the eager one. Not timed is who stopped answering before\n"
-        "a step that compiled nothing. With such short prompts a step is weights;\n"
+        f"(`python -m benchmarks.eval.speed`), asked of `{where['adapter']}`; of A-VL {of_refreshes}\n"
+        "The compiled dense models answered as the eager one. Not timed is who stopped answering before a step that\n"
+        "compiled nothing. With such short prompts a step is weights;\n"
         "[decode.json](../benchmarks/results/decode.json) has longer ones, and lazy layers are timed in\n"
         "[lazy_layers_amd_epyc.json](../benchmarks/results/lazy_layers_amd_epyc.json).\n"
     )

@@ -79,9 +79,8 @@ def main(
     avl_fx.evaluate(model, task_of(DATA, processor, rows, rows), everyone(LAZY), output=folder, limit=1)
     report: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
     wrong = [name for name in DENSE if report["results"][name]["divergence"] > EXACT]
-    (folder / MACHINE).write_text(
-        json.dumps(machine() | {"adapter": READER.stem, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
+    facts = machine() | {"adapter": READER.stem, "rows": rows, "refreshes": True}
+    (folder / MACHINE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     if wrong:
         console.print(f"[red]{', '.join(wrong)}: not the dense answers, so no ratio is worth anything")
         raise typer.Exit(1)

@@ -33,7 +33,7 @@ MIXTURE = ADAPTER.with_name("mixture.safetensors")
 READER = ADAPTER.with_name("reader.safetensors")
 """`MIXTURE`, trained on with five times as many pictures: it reads half of the words."""
 LAZY = ADAPTER.with_name("lazy_35.safetensors")
-"""`READER`, trained on under three lazy plans that save 35% of the KV bytes."""
+"""`MIXTURE`, trained on under three lazy plans that save 35% of the KV bytes."""
 TRAINED_AT = 168  # pixels
 FEATURE_LAYERS = (-3,)  # the last two layers of this ViT were tuned for saliency maps
 

@@ -187,8 +187,12 @@ def test_the_page_says_how_fast_a_step_is():
             ("lazy", None, 0.6),
         )
     }
-    timed = {"results": results, "machine": {"processor": "abacus", "threads": 2, "rows": 16}}
+    where = {"processor": "abacus", "threads": 2, "rows": 16, "adapter": "reader"}
+    timed = {"results": results, "machine": where}
     said = page({}, {}, {"scenes": timed})
+    assert "a step that does not refresh" in said
+    new = page({}, {}, {"scenes": timed | {"machine": where | {"refreshes": True}}})
+    assert "the mean over the steps from one refresh to the next" in new
     assert "(abacus, threads: 2)" in said
     assert "| eager | 200.0 | 0.50x |" in said
     assert "| A-VL 30% | 40.0 | 2.50x |" in said
