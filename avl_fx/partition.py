@@ -32,6 +32,7 @@ from avl_fx.policies import TextPolicy, VisionPolicy
 from avl_fx.record import Undivided, note_division
 from avl_fx.stored_rows import StoredRows
 from avl_fx.text_window import TextWindow
+from avl_fx.zones import spread_order, zones
 
 __all__ = ["Partition", "everything", "find_partition", "ranges_of", "state_of"]
 
@@ -113,7 +114,9 @@ class Partition:
     model: uuid.UUID | None = None
     """Whose cache it is: another model does not see what this one saw."""
     tokens: dict[int, Tensor] = field(default_factory=dict)
-    """Layer -> int64 ``[B, G, N]``: which visual token of the row lies in which slot, since its first prompt."""
+    """Layer -> int64 ``[B, G, N]``: which visual token of the row lies in which slot, since its first prompt.
+
+    Of a compact cache: which of those that it stores."""
     stored: StoredRows | None = None
     """Of a compact cache. Its rows are not all of the sequence's tokens."""
 
@@ -235,7 +238,7 @@ class Partition:
     # ---- moving rows -----------------------------------------------------------------------------------------------
 
     def first_moves(self, scores: Mapping[int, Tensor]) -> Iterator[Moves]:
-        """Rank the visual keys of each layer by its scores ``[B, KV, keys]``: core first, then secondary, then minor.
+        """Put the visual keys of each layer in order by its scores ``[B, KV, keys]``: core, then secondary, then minor.
 
         Within each they keep their order.
         """
@@ -243,14 +246,20 @@ class Partition:
             places = self.slots[:, None].expand(-1, rows.shape[2], -1)
             ranked = rows.gather(3, places.clamp(min=0).expand(len(layers), -1, -1, -1))
             ranked = ranked.masked_fill(places < 0, -torch.inf)
-            rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-            zone = (rank >= self.core[:, None, None]).long() + (rank >= self.secondary[:, None, None]).long()
+            order = self._spread_order(layers, ranked) if self.policy.spread else None
+            zone = zones(ranked, self.core, self.secondary, self.policy.spread, order)
             order = zone.argsort(dim=-1, stable=True)
             for layer, its_order in zip(layers, order, strict=True):
                 earlier = self.tokens.get(layer)
                 self.tokens[layer] = its_order if earlier is None else earlier.to(order.device).gather(2, its_order)
             slots = places.expand_as(order)
             yield Moves(layers, slots.gather(3, order), slots)
+
+    def _spread_order(self, layers: Sequence[int], like: Tensor) -> Tensor:
+        """`spread_order` of the rows as they lie; int64, the shape of ``like`` ``[layers, B, G, N]``."""
+        own = torch.arange(like.shape[3], device=like.device).expand(like.shape[1:])
+        tokens = [self.tokens[layer].to(like.device) if layer in self.tokens else own for layer in layers]
+        return spread_order(torch.stack(tokens), layers)
 
     def next_moves(self, weights: Mapping[int, Tensor]) -> Iterator[Moves]:
         """Pick core of each layer anew among secondary by one step's softmax rows ``[B, KV, keys]``.
@@ -334,7 +343,7 @@ class Partition:
             slots=slots,
             length=stored.count,
             text=text,
-            tokens={layer: tokens[..., : slots.shape[1]].contiguous() for layer, tokens in self.tokens.items()},
+            tokens={n: _renumbered(tokens, self.secondary, slots.shape[1]) for n, tokens in self.tokens.items()},
             stored=stored,
         )
         return packed.to(self.slots.device), source
@@ -480,6 +489,15 @@ def _longer(tokens: Tensor, width: int) -> Tensor:
     """``tokens`` with those of new slots behind them, which lie where they entered."""
     new = torch.arange(tokens.shape[2], width, device=tokens.device)
     return torch.cat([tokens, new.expand(*tokens.shape[:2], -1)], 2)
+
+
+def _renumbered(tokens: Tensor, kept: Tensor, width: int) -> Tensor:
+    """The first ``width`` of ``tokens``, of which each batch row has kept so many, without gaps in their numbers."""
+    left = tokens[..., :width]
+    own = torch.arange(width, device=tokens.device)
+    there = own < kept[:, None, None]
+    present = torch.zeros_like(tokens).scatter_(-1, left, there.expand_as(left).long())
+    return (present.cumsum(-1) - 1).gather(-1, left).where(there, own)
 
 
 def find_partition(

@@ -33,6 +33,10 @@ EXECUTED: Mapping[str, frozenset[str] | None] = {
 """
 
 
+LATER: Mapping[str, Mapping[str, object]] = {"vision": {"spread": 0.0}}
+"""Section -> settings that plans did not have from the beginning, and what says the same as leaving them out."""
+
+
 def _version_one(value: object) -> object:
     # Not left to `Literal`: it compares by equality, so 1.0 and True would pass.
     if type(value) is not int or value != 1:
@@ -134,6 +138,7 @@ class Plan(FrozenModel):
         *,
         scoring_window: int = 1,
         scores: Literal["shared", "per_kv_head"] = "shared",
+        spread: float = 0.0,
         text_minimum: int = 20,
         decay: Literal["forgetting", "none"] = "forgetting",
         prefill: float | None = None,
@@ -148,9 +153,11 @@ class Plan(FrozenModel):
             refresh: decode steps from one refresh to the next; 0 computes the secondary set at every step.
             text: share of the text keys kept; ``None`` or 1.0 keeps all of them.
             scoring_window: last prefill queries that score the visual keys; the paper takes one. Those behind the
-                images know what is asked for: better where that is one thing. Where it is all, the whole prompt (any
-                large number) is better (docs/results.md).
+                images know what is asked for: better where that is one thing (docs/results.md).
             scores: one ranking of the visual keys for all heads, or one per KV head.
+            spread: share of secondary that is spread evenly over the images, in each layer elsewhere, instead of
+                chosen by its scores. The paper spreads nothing (0.0). Where all of a picture is asked for, as in a
+                description, 0.5 loses less (docs/results.md).
             text_minimum: text keys never undercut.
             decay: how text scores age.
             prefill: share of the visual tokens kept during prefill; ``None`` keeps all of them.
@@ -167,6 +174,7 @@ class Plan(FrozenModel):
             "refresh": refresh,
             "scoring_window": scoring_window,
             "scores": scores,
+            "spread": spread,
         }
         keep_text = text is None or (type(text) in (int, float) and text == 1)
         return cls.from_dict(
@@ -255,9 +263,17 @@ class Plan(FrozenModel):
         return all(name == "vision" and policy.secondary == 1 for name, policy in self._active())
 
     def fingerprint(self) -> str:
-        """32 hex digits that depend on the settings alone (not on `description`); stable across processes."""
+        """32 hex digits that depend on the settings alone (not on `description`); stable across processes.
+
+        And across versions: a setting that came later (`LATER`) does not count where it changes nothing.
+        """
         settings = self._plain()
         settings.pop("description", None)
+        for name, defaults in LATER.items():
+            own = settings.get(name, {})
+            for setting, default in defaults.items():
+                if own.get(setting) == default:
+                    del own[setting]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
     def check_depth(self, num_layers: int) -> None:

@@ -106,6 +106,13 @@ class VisionPolicy(FrozenModel):
         default=1, ge=1, description="the number of last prefill queries that score, at least 1"
     )
     scores: Literal["shared", "per_kv_head"] = Field(default="shared", description="'shared' or 'per_kv_head'")
+    spread: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="the share of secondary that is spread over the images whatever its scores, 0 to 1",
+    )
 
     @model_validator(mode="after")
     def _core_within_secondary(self) -> Self:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from avl_fx import Contender, Plan
 from benchmarks.eval.controls import CONTROLS, control, down_sampled, other_pictures
@@ -14,7 +15,7 @@ from benchmarks.eval.tuned import with_weights_of
 from examples.petite_vlm.lazy_layers import PREFIX, random_blocks
 from examples.petite_vlm.model import trained_under
 
-__all__ = ["Blocks", "ablations", "contenders", "kept_to_compute", "partitioned"]
+__all__ = ["WAYS", "Blocks", "ablations", "contenders", "kept_to_compute", "partitioned"]
 
 CORE_OF_SECONDARY = 0.6
 """A-VL computes so much of what it keeps at steps that do not refresh (0.3 of 0.5 in the paper)."""
@@ -22,18 +23,24 @@ NEVER = 1_000_000
 """Steps from one refresh to the next that no answer reaches."""
 WHOLE_PROMPT = 1_000_000
 """More rows than any prompt has."""
+WAYS: dict[str, dict[str, Any]] = {
+    "A-VL": {},
+    f"A-VL, {LATE} rows": {"scoring_window": LATE},
+    "A-VL, spread": {"spread": 0.5},
+}
+"""A-VL as published, and what else its settings can do."""
 MODES = ("gla", "vla", "vla_scores")
 
 Blocks = Sequence[tuple[int, int]]
 
 
-def partitioned(share: float, rows: int = 1) -> Plan:
-    """A-VL that keeps a share of the visual keys, by what the last ``rows`` of the prompt look at.
+def partitioned(share: float, **settings: Any) -> Plan:
+    """A-VL that keeps a share of the visual keys, with other settings of `Plan.avl` than the paper's.
 
     Text is whole, so that it is compared at its treatment of images.
     """
     core = CORE_OF_SECONDARY * share
-    return Plan.avl(core=core, secondary=share, refresh=3, text=None, scoring_window=rows)
+    return Plan.avl(core=core, secondary=share, refresh=3, text=None, **settings)
 
 
 def kept_to_compute(share: float) -> float:
@@ -60,8 +67,7 @@ def contenders(
     for share in shares:
         for kept in (share, kept_to_compute(share)):
             if kept <= max(shares):
-                found[f"A-VL {kept:.0%}"] = plan(partitioned(kept))
-                found[f"A-VL, {LATE} rows {kept:.0%}"] = plan(partitioned(kept, LATE))
+                found |= {f"{way} {kept:.0%}": plan(partitioned(kept, **own)) for way, own in WAYS.items()}
         for name in CONTROLS:
             found[f"{name} {share:.0%}"] = control(name, share, prompts)
         found[f"down-sampled {share:.0%}"] = down_sampled(share)
@@ -111,6 +117,10 @@ def ablations(share: float, blocks: Blocks, layers: int, compiler: str) -> dict[
         "scored by the last 8 rows": {"scoring_window": 8},
         "scored by the last 32 rows": {"scoring_window": 32},
         "scored by the whole prompt": {"scoring_window": WHOLE_PROMPT},
+        "a quarter of secondary spread": {"spread": 0.25},
+        "half of secondary spread": {"spread": 0.5},
+        "all of secondary spread": {"spread": 1.0},
+        "scored by the last 8 rows, half spread": {"scoring_window": 8, "spread": 0.5},
         "scores for each KV head": {"scores": "per_kv_head"},
         "scored by the last 32 rows, for each KV head": {"scoring_window": 32, "scores": "per_kv_head"},
         "text 60%, forgetting": {"text": 0.6},

@@ -40,7 +40,8 @@ controls hide keys by masks, and nothing is said of them. Steps were timed by th
 *A-VL s* keeps a share s of the visual keys and computes 0.6 s at steps that do not refresh (every third does), so it
 reads less than any control at the same s, which reads s at every step; *A-VL 17%* computes 10%, as these controls do
 at 10%, and *A-VL 50%* 30%. It scores by the last token of the prompt, as the paper does; *A-VL, 8 rows s* by the last
-eight, which all stand behind the picture here. Controls choose once, at the end of the prompt:
+eight, which all stand behind the picture here; *A-VL, spread s* chooses half of what it keeps so, and spreads the other
+half evenly over the picture (`Plan.avl(spread=0.5)`). Controls choose once, at the end of the prompt:
 
 | control | keeps |
 |---|---|

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.eval.contenders import MODES, kept_to_compute
+from benchmarks.eval.contenders import MODES, WAYS, kept_to_compute
 from benchmarks.eval.controls import CONTROLS
-from benchmarks.eval.prompts import LATE
 
 __all__ = ["verdict"]
 
@@ -21,12 +20,10 @@ computes, so there are two ways to count: controls that *keep* as many, and so c
 of them, and whose that is; in brackets the same in nats, closer to the dense model being ahead.
 """
 LOST = {
-    "A-VL 50%": ("A-VL 50%", ""),
-    f"A-VL, {LATE} rows 50%": (f"A-VL, {LATE} rows 50%", ""),
+    **{f"{way} 50%": (f"{way} 50%", "") for way in WAYS},
     **{f"{lazy}, {mode}": (f"{lazy} ", f", {mode}") for lazy in ("lazy", "tuned lazy") for mode in MODES},
 }
 """Column -> how the name of the contender begins and ends."""
-WAYS = ("A-VL", f"A-VL, {LATE} rows")
 SHARES = (0.3, 0.1)
 """Of the controls."""
 COUNTED: Mapping[str, Callable[[float], float]] = {"kept": lambda share: share, "computed": kept_to_compute}

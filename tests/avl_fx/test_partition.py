@@ -62,6 +62,7 @@ def policies(draw):
         secondary=secondary,
         refresh=draw(st.integers(0, 4)),
         scores=draw(st.sampled_from(["shared", "per_kv_head"])),
+        spread=draw(st.sampled_from([0.0, 0.3, 0.5, 1.0])),
     )
 
 
@@ -73,6 +74,13 @@ def scores_of(seed, batch, length):
 def best(scores, among, count):
     """The `count` best of the positions `among`, equal scores to the earlier one."""
     return set(sorted(among, key=lambda p: (-scores[p].item(), p))[:count])
+
+
+def kept(scores, among, count, spread, group, layer=0):
+    """The best of the positions `among`, and for the last `int(spread * count)` those that are spread evenly."""
+    chosen = best(scores, among, count - int(spread * count))
+    turn = {p: (i * 2654435769 + layer * 3242174889 + group * 2447445414) % 2**32 for i, p in enumerate(among, 1)}
+    return chosen | set(sorted(set(among) - chosen, key=turn.get)[: count - len(chosen)])
 
 
 @given(visual=rows(), policy=policies(), seed=st.integers(0, 2**16), steps=st.integers(0, 9))
@@ -107,9 +115,9 @@ def test_rows_move_as_the_scores_say_and_nothing_is_lost(visual, policy, seed, s
     for b in range(batch):
         for g in groups:
             ranked = group_scores(scores, b, g)
-            secondary[b, g] = best(ranked, slots[b].tolist(), counts[b][1])
+            secondary[b, g] = kept(ranked, slots[b].tolist(), counts[b][1], policy.spread, g)
             assert positions(b, g, slots[b][: counts[b][1]]) == secondary[b, g]
-            assert positions(b, g, slots[b][: counts[b][0]]) == best(ranked, slots[b].tolist(), counts[b][0])
+            assert positions(b, g, slots[b][: counts[b][0]]) == best(ranked, secondary[b, g], counts[b][0])
     for step in range(steps):
         # What a step reads by position is no longer what lies there: scores are asked of where tokens are now.
         where = keys[..., 0].long() % 1000

@@ -35,6 +35,7 @@ def plans(draw):
         secondary=secondary,
         refresh=draw(st.integers(0, 9)),
         scoring_window=draw(st.integers(1, 64)),
+        spread=draw(st.floats(0, 1)),
         scores=draw(st.sampled_from(["shared", "per_kv_head"])),
     )
     text = TextPolicy(
@@ -119,6 +120,9 @@ def test_fingerprint_is_stable_across_versions_and_tells_settings_apart():
     different = [Plan.identity(), Plan.lazy([(1, 2)], num_layers=8), Plan.lazy([(1, 3)]), Plan.lazy([(1, 3)], "vla")]
     assert len({p.fingerprint() for p in [plan, *different]}) == 5
     assert Plan.avl(core=0.5).fingerprint() != Plan.avl().fingerprint()
+    # Before there was a setting `spread`; what was measured under such a plan is still true.
+    assert Plan.avl(text=None).fingerprint() == "e9092771376dafc4b636d9bedc13f03d"
+    assert Plan.avl(text=None, spread=0.5).fingerprint() != Plan.avl(text=None).fingerprint()
     assert Plan(num_layers=8, lazy=LazyPolicy(blocks=((1, 3),))).fingerprint() == plan.fingerprint()
 
 
@@ -345,6 +349,9 @@ BAD = [  # what is given, the field that the error names, a piece of the message
     ({"vision": {"refresh": 2.5}}, "vision.refresh", "got float 2.5"),
     ({"vision": {"scoring_window": 0}}, "vision.scoring_window", "at least 1"),
     ({"vision": {"scores": "per_head"}}, "vision.scores", "per_kv_head"),
+    ({"vision": {"spread": -0.1}}, "vision.spread", "0 to 1"),
+    ({"vision": {"spread": 1.5}}, "vision.spread", "less than or equal to 1"),
+    ({"vision": {"spread": NAN}}, "vision.spread", "got float nan"),
     ({"vision": {"core": 0, "refresh": -1}}, "vision.core", "1 more: refresh"),
     ({"text": {"budget": NAN}}, "text.budget", "got float nan"),
     ({"text": {"budget": 0}}, "text.budget", "greater than 0"),

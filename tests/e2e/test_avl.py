@@ -30,6 +30,8 @@ PRESETS = {
     "secondary": {"core": 0.3, "secondary": 0.5, "refresh": 0},
     "text": {"core": 0.3, "secondary": 0.5, "refresh": 3, "text": 0.5, "text_minimum": 4},
     "heavy": {"core": 1.0, "secondary": 1.0, "refresh": 1, "text": 0.4, "text_minimum": 2, "decay": "none"},
+    "spread": {"core": 0.3, "secondary": 0.5, "refresh": 3, "spread": 0.5},
+    "spread_heads": {"core": 0.2, "secondary": 0.4, "refresh": 2, "spread": 0.7, "scores": "per_kv_head"},
 }
 
 
@@ -156,11 +158,11 @@ def converse(model, turns, cache, steps=5):
 
 
 @pytest.mark.parametrize(
-    ("kind", "text"),
-    [("dynamic", None), ("static", 0.3), pytest.param("dynamic", 0.3, marks=pytest.mark.matrix)],
-    ids=["dynamic-all text", "static-text window", "dynamic-text window"],
+    ("kind", "text", "spread"),
+    [("dynamic", None, 0.0), ("static", 0.3, 0.5), pytest.param("dynamic", 0.3, 0.0, marks=pytest.mark.matrix)],
+    ids=["dynamic-all text", "static-text window-spread", "dynamic-text window"],
 )
-def test_images_in_a_second_turn(kind, text):
+def test_images_in_a_second_turn(kind, text, spread):
     zoo = ZOO["llava"]
     model = zoo.make()
     turns = [zoo.inputs(model, batch=1, seed=seed) for seed in (0, 1)]
@@ -173,14 +175,15 @@ def test_images_in_a_second_turn(kind, text):
             return DynamicCache(config=model.config.get_text_config())
         return StaticCache(config=model.config.get_text_config(), max_cache_len=both.shape[1] + 8)
 
-    with avl_oracle(model, seen[0], core=0.3, secondary=0.5, refresh=2, text=text or 1.0, minimum=3) as oracle:
+    shares = {"core": 0.3, "secondary": 0.5, "refresh": 2, "spread": spread}
+    with avl_oracle(model, seen[0], **shares, text=text or 1.0, minimum=3) as oracle:
         first = converse(model, turns[:1], cache())
         oracle.layers.clear()
         # The oracle has to be told before turn two begins: a longer mask changes nothing about turn one.
         oracle.see(both)
         expected, tokens = converse(model, turns, cache())
     assert largest(first[0], expected[:5]) <= FLOAT32_TOLERANCE
-    plan = Plan.avl(core=0.3, secondary=0.5, refresh=2, text=text, text_minimum=3)
+    plan = Plan.avl(**shares, text=text, text_minimum=3)
     for door in DOORS:
         with through(door, model, compiler="eager", plan=plan):
             got, chosen = converse(model, turns, cache())

@@ -188,13 +188,18 @@ def test_what_lies_behind_it_is_counted(model):
 # ---- the contract ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", [pytest.param(None, marks=pytest.mark.matrix), 0.3], ids=["all text", "text window"])
-def test_a_second_turn_with_another_image(model, text):
+@pytest.mark.parametrize(
+    ("text", "spread"),
+    [pytest.param(None, 0.0, marks=pytest.mark.matrix), (0.3, 0.0), (None, 0.6)],
+    ids=["all text", "text window", "spread"],
+)
+def test_a_second_turn_with_another_image(model, text, spread):
     turns = [inputs_of(model, seed=seed) for seed in (0, 1)]
     seen = [ZOO_MODEL.visual_positions(model, inputs) for inputs in turns]
     both = torch.cat([seen[0], torch.zeros(1, 5, dtype=torch.bool), seen[1]], 1)
-    plan = Plan.avl(core=0.3, secondary=0.5, refresh=2, text=text, text_minimum=3)
-    settings = {"core": 0.3, "secondary": 0.5, "refresh": 2, "text": text or 1.0, "minimum": 3}
+    shares = {"core": 0.3, "secondary": 0.5, "refresh": 2, "spread": spread}
+    plan = Plan.avl(**shares, text=text, text_minimum=3)
+    settings = {**shares, "text": text or 1.0, "minimum": 3}
 
     def expected(compact):
         with avl_oracle(model, both, compact=compact, **settings):

@@ -43,6 +43,7 @@ TILES = "tests/kernels/test_partitioned_decode.py -k 'native and whole_tiles'"
 DECODE = "tests/kernels/test_partitioned_decode.py -k 'native and (is_stored or is_seen)'"
 MOVES = "tests/kernels/test_partition.py"
 RESELECT, ALIKE = "tests/kernels/test_reselect.py", f"{MOVES} -k laid_out_alike"
+ZONES = "tests/avl_fx/test_zones.py"
 STATE, AVL = "tests/avl_fx/test_partition.py", "tests/e2e/test_avl.py -m 'not matrix'"
 OBSERVE, BLOCKS, CALIBRATE = f"{P}observe_attention.py", "tests/avl_fx/test_blocks.py", "tests/avl_fx/test_calibrate.py"
 MODES = "tests/e2e/test_lazy_modes.py -m 'not matrix'"
@@ -710,12 +711,45 @@ MUTATIONS: list[Mutation] = [
         ),
     ),
     *_in(
-        "avl_fx/partition.py",
+        "avl_fx/zones.py",
         (
             "rank the worst keys first",
-            "rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(-1)",
-            "rank = ranked.argsort(dim=-1, descending=False, stable=True).argsort(-1)",
+            "rank = _ranks(scores, descending=True)",
+            "rank = _ranks(scores)",
             STATE,
+        ),
+        (
+            "let what is spread count beside secondary, not in it",
+            "chosen = secondary - (secondary.double() * spread).long()",
+            "chosen = secondary",
+            STATE,
+        ),
+        (
+            "spread from what is not there",
+            "order.masked_fill(scores == -torch.inf, _MASK + 1)",
+            "order",
+            STATE,
+        ),
+        (
+            "spread alike in every layer",
+            "+ layer * _BY_LAYER",
+            "",
+            ZONES,
+        ),
+    ),
+    *_in(
+        "avl_fx/partition.py",
+        (
+            "number what a compact cache stores by what it stored once",
+            "return (present.cumsum(-1) - 1).gather(-1, left).where(there, own)",
+            "return left.contiguous()",
+            "tests/e2e/test_compact_cache.py -k 'second_turn and spread'",
+        ),
+        (
+            "spread by where rows lie, not by what they are",
+            "tokens = [self.tokens[layer].to(like.device) if layer in self.tokens else own for layer in layers]",
+            "tokens = [own for layer in layers]",
+            f"{AVL} -k 'second_turn and spread'",
         ),
         (
             "forget which token lies where",

@@ -8,7 +8,9 @@ Nothing is moved or left out: every step attends to all keys under a mask that h
 *Several queries* (the prompt, a later turn, a piece of a chunked prompt): dense, over everything. Its last real row a
 (the mean of the last `window` rows, and over the heads) then scores the visual keys of each batch row. With N of them
 so far, the `int(secondary * N)` best are secondary, the `int(core * N)` best are core, equal scores going to the
-earlier key. Whatever was decided before is forgotten.
+earlier key. Whatever was decided before is forgotten. With `spread` the last `int(spread * S)` of the S keys of
+secondary are not the best: they are those of the others whose hash is the lowest, which is `i * 2654435769 + layer *
+3242174889 + group * 2447445414` modulo 2 ** 32 for the i-th visual key that is there, counted from 1.
 
 *One query*, step t = 1, 2, ... since then: text and core; at every `refresh`-th step text and secondary, and the row of
 that step picks core anew among secondary. `refresh=0`: secondary at every step, core is never used.
@@ -82,6 +84,7 @@ class AvlOracle:
     lazy: LazyOracle | None = None
     kinds: Sequence[str] = ()
     compact: bool = False
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
         self.layers: dict[int, LayerState] = {}
@@ -158,11 +161,14 @@ class AvlOracle:
         if self.compact and state is not None:
             gone = state.gone
         there = visual[:, None] & ~gone
+        secondary = self._best(score, there, visual, self.secondary)
+        if self.spread:
+            secondary = self._spread(layer, score, there, secondary)
         self.layers[layer] = LayerState(
             step=0,
             visual=visual,
-            core=self._best(score, there, visual, self.core),
-            secondary=self._best(score, there, visual, self.secondary),
+            core=self._best(score, secondary, visual, self.core),
+            secondary=secondary,
             text=visible & ~visual & ~gone.all(1),
             gone=gone,
             text_scores=torch.zeros(batch, keys),
@@ -205,6 +211,21 @@ class AvlOracle:
                 candidates = among[b, g].nonzero().flatten()
                 order = score[b, g, candidates].sort(descending=True, stable=True).indices
                 chosen[b, g, candidates[order[:count]]] = True
+        return chosen
+
+    def _spread(self, layer: int, score: Tensor, there: Tensor, secondary: Tensor) -> Tensor:
+        """`secondary`, the last of which give way to keys that are spread evenly."""
+        chosen = torch.zeros_like(secondary)
+        for b in range(score.shape[0]):
+            for g in range(score.shape[1]):
+                candidates = there[b, g].nonzero().flatten().tolist()
+                size = int(secondary[b, g].sum())
+                count = int(self.spread * size)
+                best = sorted(candidates, key=lambda j: -float(score[b, g, j]))[: size - count]
+                offset = layer * 3242174889 + g * 2447445414
+                turn = {j: (i * 2654435769 + offset) % 2**32 for i, j in enumerate(candidates, start=1)}
+                others = sorted((j for j in candidates if j not in best), key=turn.__getitem__)
+                chosen[b, g, best + others[:count]] = True
         return chosen
 
     # --- one query ---
