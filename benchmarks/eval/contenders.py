@@ -119,6 +119,7 @@ def ablations(share: float, blocks: Blocks, layers: int, compiler: str) -> dict[
         "scored by the whole prompt": {"scoring_window": WHOLE_PROMPT},
         "a quarter of secondary spread": {"spread": 0.25},
         "half of secondary spread": {"spread": 0.5},
+        "half of secondary spread, secondary at every step": {"spread": 0.5, "refresh": 0},
         "all of secondary spread": {"spread": 1.0},
         "scored by the last 8 rows, half spread": {"scoring_window": 8, "spread": 0.5},
         "scores for each KV head": {"scores": "per_kv_head"},
