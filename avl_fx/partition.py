@@ -32,7 +32,7 @@ from avl_fx.policies import TextPolicy, VisionPolicy
 from avl_fx.record import Undivided, note_division
 from avl_fx.stored_rows import StoredRows
 from avl_fx.text_window import TextWindow
-from avl_fx.zones import spread_order, zones
+from avl_fx.zones import spread_order, spread_out, zones
 
 __all__ = ["Partition", "everything", "find_partition", "ranges_of", "state_of"]
 
@@ -246,9 +246,10 @@ class Partition:
             places = self.slots[:, None].expand(-1, rows.shape[2], -1)
             ranked = rows.gather(3, places.clamp(min=0).expand(len(layers), -1, -1, -1))
             ranked = ranked.masked_fill(places < 0, -torch.inf)
-            order = self._spread_order(layers, ranked) if self.policy.spread else None
-            zone = zones(ranked, self.core, self.secondary, self.policy.spread, order)
-            order = zone.argsort(dim=-1, stable=True)
+            if self.policy.spread:
+                turns = self._spread_order(layers, ranked)
+                ranked = spread_out(ranked, self.secondary, self.policy.spread, turns)
+            order = zones(ranked, self.core, self.secondary).argsort(dim=-1, stable=True)
             for layer, its_order in zip(layers, order, strict=True):
                 earlier = self.tokens.get(layer)
                 self.tokens[layer] = its_order if earlier is None else earlier.to(order.device).gather(2, its_order)

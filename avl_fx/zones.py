@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["spread_order", "zones"]
+__all__ = ["spread_order", "spread_out", "zones"]
 
 _GOLDEN = 2654435769
 """2**32 over the golden ratio, odd."""
@@ -34,27 +34,37 @@ def spread_order(tokens: Tensor, layers: Sequence[int]) -> Tensor:
     return ((tokens + 1) * _GOLDEN + layer * _BY_LAYER + head * _BY_HEAD) & _MASK
 
 
-def zones(scores: Tensor, core: Tensor, secondary: Tensor, spread: float = 0.0, order: Tensor | None = None) -> Tensor:
-    """0 for the rows of core, 1 for the rest of secondary, 2 for minor; int64, the shape of ``scores``.
+def spread_out(scores: Tensor, secondary: Tensor, spread: float, order: Tensor) -> Tensor:
+    """``scores`` with ``-inf`` for the rows that are not secondary, where a share of secondary is spread.
 
     The best of each batch row are secondary, but for the last ``int(spread * secondary)``: these are the first in
-    ``order`` of what is left. The best of secondary are core. Equal scores go to the earlier row.
+    ``order`` of what is left. Equal scores go to the earlier row.
+
+    Args:
+        scores: ``[layers, B, G, N]``; ``-inf`` where there is no row.
+        secondary: int64 ``[B]``: how many.
+        spread: share of secondary that is not chosen by its scores.
+        order: int64, the shape of ``scores``: `spread_order`.
+    """
+    secondary = secondary[:, None, None]
+    chosen = secondary - (secondary.double() * spread).long()
+    best = _ranks(scores, descending=True) < chosen
+    order = order.masked_fill(scores == -torch.inf, _MASK + 1).masked_fill(best, -1)
+    return scores.masked_fill(_ranks(order) >= secondary, -torch.inf)
+
+
+def zones(scores: Tensor, core: Tensor, secondary: Tensor) -> Tensor:
+    """0 for the rows of core, 1 for the rest of secondary, 2 for minor; int64, the shape of ``scores``.
+
+    The best of each batch row are core, the next best the rest of secondary. Equal scores go to the earlier row.
 
     Args:
         scores: ``[layers, B, G, N]``; ``-inf`` where there is no row.
         core: int64 ``[B]``: how many.
         secondary: int64 ``[B]``: how many, core among them.
-        spread: share of secondary that is not chosen by its scores.
-        order: int64, the shape of ``scores``: `spread_order`. Only for ``spread`` above 0.
     """
-    core, secondary = core[:, None, None], secondary[:, None, None]
-    if spread and order is not None:
-        chosen = secondary - (secondary.double() * spread).long()
-        best = _ranks(scores, descending=True) < chosen
-        order = order.masked_fill(scores == -torch.inf, _MASK + 1).masked_fill(best, -1)
-        scores = scores.masked_fill(_ranks(order) >= secondary, -torch.inf)
     rank = _ranks(scores, descending=True)
-    return (rank >= core).long() + (rank >= secondary).long()
+    return (rank >= core[:, None, None]).long() + (rank >= secondary[:, None, None]).long()
 
 
 def _ranks(values: Tensor, descending: bool = False) -> Tensor:

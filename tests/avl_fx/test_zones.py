@@ -7,9 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avl_fx.zones import spread_order, zones
-
-NOTHING = torch.zeros(1, 1, 1, 1)
+from avl_fx.zones import spread_order, spread_out, zones
 
 
 def order_of(keys, layers=(0,), heads=1):
@@ -51,7 +49,7 @@ def test_sizes_are_kept_and_rows_that_are_not_there_are_minor(spread):
     scores[:, 1, :, 30:] = -torch.inf
     core, secondary = torch.tensor([8, 6]), torch.tensor([20, 15])
     order = spread_order(torch.arange(40).expand(scores.shape), (0, 1, 2))
-    zone = zones(scores, core, secondary, spread, order)
+    zone = zones(spread_out(scores, secondary, spread, order), core, secondary)
     for row in range(2):
         assert ((zone[:, row] == 0).sum(-1) == core[row]).all()
         assert ((zone[:, row] <= 1).sum(-1) == secondary[row]).all()
@@ -64,4 +62,6 @@ def test_sizes_are_kept_and_rows_that_are_not_there_are_minor(spread):
 
 
 def test_a_batch_row_of_nothing():
-    assert zones(NOTHING - torch.inf, torch.tensor([0]), torch.tensor([0]), 0.5, torch.zeros_like(NOTHING).long()) == 2
+    nothing, none = torch.full((1, 1, 1, 1), -torch.inf), torch.tensor([0])
+    spread = spread_out(nothing, none, 0.5, torch.zeros(1, 1, 1, 1, dtype=torch.int64))
+    assert zones(spread, none, none) == 2

@@ -831,7 +831,7 @@ MUTATIONS: list[Mutation] = [
             "leave the values of lazy layers where they were",
             "order = orders.get(layer.scores_from)",
             "order = orders.get(layer.layer)",
-            "tests/e2e/test_avl.py -k llava-avl_fx.compile-static-1-window-lazy",
+            "tests/e2e/test_avl.py -k internvl-torch.compile-static-3-tight-lazy",
         ),
         ("never pick core anew", "if partition.refreshes and", "if False and", f"{AVL} -k 'oracle and mistral3'"),
         (
