@@ -76,13 +76,19 @@ def ids(case):
     return "-".join(map(str, case))
 
 
+def blocks_of(zoo):
+    """The first layer anchors nothing; the rest is one block, or what of it is of one kind."""
+    first = next(i for i, kind in enumerate(zoo.attention_kinds) if i > 0 and kind == "full")
+    return [(first, zoo.decoder_layers - 1)]
+
+
 def check(name, door, cache, batch, preset, layers, compiler, device="cpu"):
     zoo = ZOO[name]
     settings = PRESETS[preset]
     model = zoo.make().to(device)
     inputs = on(device, zoo.inputs(model, batch=batch))
     visual = zoo.visual_positions(model, inputs)
-    blocks = [(1, zoo.decoder_layers - 1)] if layers == "lazy" else []
+    blocks = blocks_of(zoo) if layers == "lazy" else []
     plan = Plan.avl(**{"text": None, **settings})
     if blocks:
         plan = plan.combine(Plan.lazy(blocks))

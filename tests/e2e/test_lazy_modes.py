@@ -15,7 +15,7 @@ from avl_fx import AVLCache, Plan
 from avl_fx.passes.site import Reason, Status
 from tests.e2e._covering import covering, one_each
 from tests.e2e._doors import DOORS, FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
-from tests.e2e.test_avl import NAMES, PRESETS, as_oracle, converse
+from tests.e2e.test_avl import NAMES, PRESETS, as_oracle, blocks_of, converse
 from tests.e2e.test_identity import FRAGMENTED
 from tests.oracle import avl_oracle, lazy_oracle
 from tests.zoo import ZOO
@@ -43,12 +43,6 @@ COMPILED = [
     ("llava", "avl_fx.compile", "eager", "static", "vla_scores"),
     ("llava", "torch.compile", "sdpa", "compact", "vla_scores"),
 ]
-
-
-def blocks_of(zoo):
-    """The first layer anchors nothing; the rest is one block, or what of it is of one kind."""
-    first = next(i for i, kind in enumerate(zoo.attention_kinds) if i > 0 and kind == "full")
-    return [(first, zoo.decoder_layers - 1)]
 
 
 def check(name, door, style, cache, mode, compiler):
