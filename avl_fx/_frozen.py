@@ -49,6 +49,14 @@ class FrozenModel(BaseModel):
                 raise PlanError(f"keys must be text, got {show(key)}", remedy=f"use {_key_list(cls)}")
         return cls(**data)
 
+    def departures(self, *names: str) -> str:
+        """``, scoring_window 8, spread 0.5``: those of these fields that do not have their default."""
+        fields = type(self).model_fields
+        values = {name: getattr(self, name) for name in names if getattr(self, name) != fields[name].default}
+        return "".join(
+            f", {name} {value:g}" if isinstance(value, float) else f", {name} {value}" for name, value in values.items()
+        )
+
     @property
     def is_identity(self) -> bool:
         """True when the outputs equal those of the untouched model for every input."""

@@ -129,7 +129,8 @@ class VisionPolicy(FrozenModel):
         return self.core == 1 or (self.secondary == 1 and self.refresh <= 1)
 
     def __str__(self) -> str:
-        return f"core {self.core:g}, secondary {self.secondary:g}, refresh {self.refresh}"
+        beside = self.departures("scoring_window", "scores", "spread")
+        return f"core {self.core:g}, secondary {self.secondary:g}, refresh {self.refresh}{beside}"
 
 
 class TextPolicy(FrozenModel):
@@ -144,7 +145,7 @@ class TextPolicy(FrozenModel):
         return self.budget == 1
 
     def __str__(self) -> str:
-        return f"budget {self.budget:g}"
+        return f"budget {self.budget:g}{self.departures('minimum', 'decay')}"
 
 
 class PrefillFilter(FrozenModel):

@@ -102,7 +102,7 @@ def _in_words(plan: Plan) -> str:
         if vision.refresh > 1:
             parts.append(f"core {vision.core:g}")
         every = f" every {vision.refresh} steps" if vision.refresh > 1 else ""
-        parts.append(f"secondary {vision.secondary:g}{every}")
+        parts.append(f"secondary {vision.secondary:g}{every}{vision.departures('scores', 'spread')}")
     if text is not None:
         parts.append(f"text {text.budget:g}")
     return ", ".join(parts)

@@ -195,6 +195,15 @@ def test_text_form_is_short():
     )
 
 
+def test_text_form_names_what_is_not_usual():
+    """Plans that differ look different, also where two are named in one error."""
+    plan = Plan.avl(scoring_window=8, scores="per_kv_head", spread=0.5, text_minimum=0, decay="none")
+    assert str(plan) == (
+        "Plan(vision: core 0.3, secondary 0.5, refresh 3, scoring_window 8, scores per_kv_head, spread 0.5; "
+        "text: budget 0.6, minimum 0, decay none)"
+    )
+
+
 def test_combine():
     plan = Plan.avl(num_layers=32, description="a").combine(Plan.lazy([(4, 12)], description="b"))
     assert plan.num_layers == 32

@@ -167,6 +167,8 @@ def test_plans_in_words():
     assert said(refresh=0) == said(refresh=1) == "secondary 0.5"
     assert said(secondary=1.0, refresh=2) == "core 0.3, secondary 1 every 2 steps"
     assert said(core=1.0, secondary=1.0, text=0.6) == "text 0.6"
+    chosen = {"spread": 0.5, "scores": "per_kv_head"}
+    assert said(refresh=0, text=0.6, **chosen) == "secondary 0.5, scores per_kv_head, spread 0.5, text 0.6"
 
 
 def test_outcomes_of_two_sections():
