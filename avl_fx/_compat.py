@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch._dynamo import OptimizedModule, lookup_backend, symbolic_convert
 from torch._dynamo import config as dynamo_config
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.exc import FailOnRecompileLimitHit, ShortenTraceback
 from torch._dynamo.pgo import get_code_state
 from torch._dynamo.source import LocalSource
 from torch._dynamo.utils import counters
@@ -150,15 +150,26 @@ def decoder_depth(model: Any) -> int | None:
     return layers if isinstance(layers, int) else None
 
 
-def compile_module(module: torch.nn.Module, settings: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
-    """``module.compile(**kwargs)`` with Dynamo settings that hold around its calls and nowhere else."""
+def compile_module(
+    module: torch.nn.Module,
+    settings: Mapping[str, Any],
+    kwargs: Mapping[str, Any],
+    limit_hit: Callable[[], Exception],
+) -> None:
+    """``module.compile(**kwargs)`` with Dynamo settings that hold around its calls and nowhere else.
+
+    ``limit_hit`` makes what is raised where the settings forbid to run eagerly past the recompile limit.
+    """
     module.compile(**kwargs)
     compiled = module._compiled_call_impl
     assert compiled is not None
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with dynamo_config.patch(**settings):
-            return compiled(*args, **kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            except FailOnRecompileLimitHit as error:
+                raise limit_hit() from error
 
     module._compiled_call_impl = call if settings else compiled
 

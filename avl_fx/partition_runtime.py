@@ -85,7 +85,20 @@ class PartitionRuntime:
         if any(key.after is None and tensor.is_inference() for key, tensor in zip(keys, before, strict=True)):
             return None
         found = find_partition(before, self.policy, self.text_policy)
-        return found if found is None or found.model == self._model(args) else None
+        if found is None or found.model != self._model(args):
+            return None
+        buffers = [tensor for key, tensor in zip(keys, before, strict=True) if key.after is None]
+        if any(found.length >= buffer.shape[2] for buffer in buffers):
+            self._leave(found, args)
+            return None
+        return found
+
+    def _leave(self, partition: Partition, args: Sequence[Any]) -> None:
+        """A static buffer is full: what is written next replaces tokens by their place, so all go back to theirs."""
+        cached = [(tensor, layer.scores_from) for layer in self.layers for tensor in (layer.key, layer.value)]
+        for tensor, layer in cached:
+            if tensor is not None and tensor.after is None and tensor.before is not None:
+                _enter_again(args[tensor.before], partition, layer)
 
     def _model(self, args: Sequence[Any]) -> uuid.UUID | None:
         """The name of the model that calls; ``None`` where its weights are no inputs."""
@@ -145,6 +158,9 @@ class PartitionRuntime:
                 queries = self._queries(args, length)
                 if positions is not None:  # a static cache
                     length, queries = int(positions[-1]) + 1, len(positions)
+                    if not len(positions) <= length <= min(key.shape[2] for key in keys.values()):
+                        note_division(Undivided.MISFIT)  # a buffer that starts again at its end, or is a window
+                        queries = None
                 seen = None if queries is None else self._visual(length, queries, visual, before, batch)
                 if seen is None or not _all_visible(seen, last_mask, late=self.decode):
                     partition = None
@@ -367,10 +383,7 @@ class PartitionRuntime:
     def _put_back(self, partition: Partition, args: Sequence[Any], outputs: Sequence[Any]) -> None:
         """The partition ends: no crop may find a row elsewhere than it entered."""
         for tensor, layer in self._dynamic(args, outputs):
-            source = sources(partition, layer, tensor.shape[2])
-            if source is not None:
-                slots = torch.arange(tensor.shape[2], device=tensor.device).expand(len(tensor), -1)
-                partition_(tensor, None, source.to(tensor.device), slots)
+            _enter_again(tensor, partition, layer)
 
     # ---- finding tensors -------------------------------------------------------------------------------------------
 
@@ -392,6 +405,14 @@ class PartitionRuntime:
             return outputs[tensor.after]
         assert tensor.before is not None
         return args[tensor.before]
+
+
+def _enter_again(rows: Tensor, partition: Partition, layer: int) -> None:
+    """Put ``rows`` ``[batch, kv_heads, keys, dim]`` of ``layer``, which ``partition`` moved, back to their place."""
+    source = sources(partition, layer, rows.shape[2])
+    if source is not None:
+        slots = torch.arange(rows.shape[2], device=rows.device).expand(len(rows), -1)
+        partition_(rows, None, source.to(rows.device), slots)
 
 
 def _taken(rows: Tensor, source: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
             # Past its recompile limit Dynamo runs the frame eagerly and says nothing; under a plan that drops keys
             # that would be a dense layer on a cache without keys.
             settings["fail_on_recompile_limit_hit"] = True
-        _compat.compile_module(region.module, settings, kwargs)
+        _compat.compile_module(region.module, settings, kwargs, _limit_hit)
     _compiled[model] = _Compiled(regions, ModalityHook.install(model), resolved)
     return model
 
@@ -123,6 +123,16 @@ def find_regions(model: nn.Module) -> tuple[Region, ...]:
         if not inside:
             regions.append(Region(_path(model, vision), vision, "vision"))
     return tuple(regions)
+
+
+def _limit_hit() -> CaptureError:
+    return CaptureError(
+        f"a part of the model was compiled {_compat.recompile_limit()} times, each time for another kind of call, and "
+        "would run eagerly now, which a plan that drops keys does not allow",
+        field="torch._dynamo.config.recompile_limit",
+        remedy="raise it, or leave out what splits the decoder into one graph a layer (output_attentions, "
+        "output_hidden_states and other hooks); for such calls avl_fx.uncompile(model) first",
+    )
 
 
 def _ask(model: nn.Module, method: str, **kwargs: Any) -> nn.Module | None:

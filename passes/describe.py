@@ -13,7 +13,17 @@ import torch
 from torch import fx
 
 from avl_fx.passes.context import PassContext
-from avl_fx.passes.nodes import METADATA_OPS, VIEW_OPS, alias_root, arg, fake, mutated_input, op, shape, writes_to
+from avl_fx.passes.nodes import (
+    METADATA_OPS,
+    alias_root,
+    arg,
+    fake,
+    mutated_input,
+    op,
+    shape,
+    views_of,
+    writes_to,
+)
 from avl_fx.passes.site import Site
 
 __all__ = ["describe_site", "module_path", "reaches_output"]
@@ -45,7 +55,7 @@ def describe_site(site: Site, anchor: fx.Node, query: Any, key: Any, value: Any,
     _describe_tensors(site, query, key, value)
     module = _describe_module(site, anchor, ctx)
     site.cache = _cache_kind(key) if isinstance(key, fx.Node) else "none"
-    site.kind = _kind(module, query, key)
+    site.kind = _kind(module, site.layer, query, key)
     site.role = _role(site, module, anchor, ctx)
 
 
@@ -98,7 +108,7 @@ def _describe_module(site: Site, anchor: fx.Node, ctx: PassContext) -> torch.nn.
     return module
 
 
-def _kind(module: torch.nn.Module | None, query: Any, key: Any) -> str:
+def _kind(module: torch.nn.Module | None, layer: int | None, query: Any, key: Any) -> str:
     if isinstance(query, fx.Node) and isinstance(key, fx.Node):
         from_query, from_key = _projected_from(query), _projected_from(key)
         if from_query and not (from_query & from_key) and (from_key or not _appended(key)):
@@ -107,7 +117,17 @@ def _kind(module: torch.nn.Module | None, query: Any, key: Any) -> str:
         return "cross"
     if getattr(module, "is_sliding", False) is True or isinstance(getattr(module, "sliding_window", None), int):
         return "sliding"
-    return "full"
+    declared = _declared_kind(module, layer)
+    return declared.removesuffix("_attention") if declared not in (None, "attention") else "full"
+
+
+def _declared_kind(module: torch.nn.Module | None, layer: int | None) -> str | None:
+    """What the configuration of a transformers model calls the attention of this layer: ``chunked_attention``."""
+    types = getattr(getattr(module, "config", None), "layer_types", None)
+    number = getattr(module, "layer_idx", layer)
+    if not isinstance(types, list | tuple) or not isinstance(number, int) or not 0 <= number < len(types):
+        return None
+    return types[number] if isinstance(types[number], str) else None
 
 
 def _projected_from(node: fx.Node) -> set[fx.Node]:
@@ -155,12 +175,12 @@ def _copied_to_buffer(root: fx.Node) -> bool:
     """Whether ``root`` or a view of it is written into a buffer: a static window that a long prompt overfills."""
     pending, seen = [root], {root}
     while pending:
-        for user in pending.pop().users:
-            if mutated_input(user) is not None and mutated_input(user) not in seen:
-                return True
-            if op(user) in VIEW_OPS and user not in seen and user.args[0] in seen:
-                seen.add(user)
-                pending.append(user)
+        node = pending.pop()
+        if any(mutated_input(user) is not None and mutated_input(user) not in seen for user in node.users):
+            return True
+        views = [user for user in views_of(node) if user not in seen]
+        seen.update(views)
+        pending += views
     return False
 
 
@@ -168,12 +188,12 @@ def reaches_output(node: fx.Node) -> bool:
     """Whether ``node`` or a view of it is returned by the graph."""
     pending, seen = [node], {node}
     while pending:
-        for user in pending.pop().users:
-            if user.op == "output":
-                return True
-            if op(user) in VIEW_OPS - METADATA_OPS and user not in seen and user.args[0] in seen:
-                seen.add(user)
-                pending.append(user)
+        node = pending.pop()
+        if any(user.op == "output" for user in node.users):
+            return True
+        views = [user for user in views_of(node) if op(user) not in METADATA_OPS and user not in seen]
+        seen.update(views)
+        pending += views
     return False
 
 

@@ -17,7 +17,7 @@ from torch import fx
 from avl_fx.kernels.attention import LOWERINGS
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.describe import describe_site
-from avl_fx.passes.nodes import arg, const, fake, number, op, same_size, shape, written_between
+from avl_fx.passes.nodes import arg, const, fake, loses_gradient, number, op, same_size, shape, written_between
 from avl_fx.passes.rewrite import insert_call, remove_dead
 from avl_fx.passes.site import PassResult, Reason, Site
 from avl_fx.passes.softmax_pattern import NotAttention, Refusal, match_softmax
@@ -89,7 +89,9 @@ def _softmax_site(node: fx.Node, ctx: PassContext, result: PassResult) -> None:
     mask = match.build_mask()
     site.mask = _mask_kind(mask, False)
     query, key, value, scale = match.query, match.key(), match.value, match.scale
-    _canonicalise(site, match.output, match.product, query, key, value, mask, scale, False, False, ctx, result)
+    _canonicalise(
+        site, match.output, match.product, query, key, value, mask, scale, False, False, ctx, result, match.mask_source
+    )
 
 
 def _mask_kind(mask: Any, is_causal: Any) -> str:
@@ -112,10 +114,12 @@ def _canonicalise(
     grouped: bool,
     ctx: PassContext,
     result: PassResult,
+    mask_source: fx.Node | None = None,
 ) -> None:
     """Replace ``anchor`` by an `avl::attention` node, or refuse ``site`` and touch nothing.
 
     ``first`` is where the model starts to read query, key and mask; the canonical node reads them all at ``anchor``.
+    ``mask_source`` is what the model reads where that is not ``mask`` itself.
     """
     refusal = _check_shapes(site, anchor, query, key, value, mask, grouped)
     if refusal is not None:
@@ -126,12 +130,18 @@ def _canonicalise(
     assert query_shape is not None
     heads = query_shape[1]
     plain_key, plain_value = unrepeat(key, anchor), unrepeat(value, anchor)
-    readings = [(query, first), (key, first), (value, anchor), (mask, first)]
+    mask_source = mask if mask_source is None else mask_source
+    readings = [(query, first), (key, first), (value, anchor), (mask_source, first)]
     pairs = ((key, plain_key), (value, plain_value))
     readings += [(plain, _first_copy(node, plain)) for node, plain in pairs if plain is not node]
     if any(tensor is not None and written_between(tensor, since, anchor) for tensor, since in readings):
         describe_site(site, anchor, query, key, value, ctx)
         result.refuse(site, Reason.MUTATION)
+        return
+    kept = {query, plain_key, plain_value, mask_source}
+    if any(map(loses_gradient, _replaced(anchor, kept))):
+        describe_site(site, anchor, query, key, value, ctx)
+        result.refuse(site, Reason.GRADIENT, "part of it runs under no_grad")
         return
     if shape(plain_key)[1] == shape(plain_value)[1]:  # type: ignore[index]
         site.unrepeated = plain_key is not key
@@ -155,6 +165,18 @@ def _canonicalise(
     anchor.replace_all_uses_with(canonical)
     site.node = canonical
     result.count += 1
+
+
+def _replaced(anchor: fx.Node, kept: set[fx.Node | None]) -> list[fx.Node]:
+    """What the canonical node stands for besides ``anchor``: all that leads to it from what is ``kept``."""
+    found: dict[fx.Node, None] = {}
+    pending = list(anchor.all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if node not in kept and node not in found:
+            found[node] = None
+            pending += node.all_input_nodes
+    return list(found)
 
 
 def _first_copy(node: fx.Node, plain: fx.Node) -> fx.Node:

@@ -6,6 +6,7 @@ ask for *names*, never for targets.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = [
     "METADATA_OPS",
@@ -24,15 +26,18 @@ __all__ = [
     "const",
     "fake",
     "hint",
+    "loses_gradient",
     "mutated_input",
     "mutated_inputs",
     "mutations",
     "number",
     "op",
+    "places",
     "same_shape",
     "same_size",
     "shape",
     "tensor_inputs",
+    "views_of",
     "where_args",
     "writes_to",
     "written_between",
@@ -95,6 +100,7 @@ VIEW_OPS = frozenset(
     | {"movedim", "moveaxis", "t", "adjoint", "view_as_real", "view_as_complex", "reshape_as", "broadcast_to", "alias"}
     | {"split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "chunk", "unbind", "swapaxes"}
     | {"to", "type", "type_as", "float", "half", "bfloat16", "double", "cpu", "cuda", "_get_data_attr"}
+    | {"dropout", "positive", "conj", "resolve_conj", "resolve_neg"}
     | _ATTRIBUTE_VIEWS
 )
 """May return an alias of their first argument. Ops that sometimes copy count as aliases: that is the safe side."""
@@ -128,8 +134,11 @@ class _Function(NamedTuple):
     name: str
     written: tuple[tuple[int, str], ...]
     """Arguments that are written in place, by position and name."""
+    switch: int | None = None
+    """Position of the argument ``inplace``: where it is true, the first one is written."""
 
 
+_FIRST = ((0, ""),)
 _OUT = ((sys.maxsize, "out"),)
 """Of functions without a schema: by name alone."""
 
@@ -153,9 +162,19 @@ def _describe(target: Any, known: str | None) -> _Function:
         arguments = enumerate(overload._schema.arguments)
         return _Function(name, tuple((i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write))
     name = getattr(target, "__name__", str(target)) if known is None else known
-    if name == "setitem" or (name.endswith("_") and not name.endswith("__") and not name.startswith("_")):
-        return _Function(name, ((0, ""),))
-    return _Function(name, _OUT)
+    # `torch._foreach_mul_` writes; other names that start so (`_operator`) are of modules.
+    own_name = not name.startswith("_") or name.startswith("_foreach_")
+    if name == "setitem" or (name.endswith("_") and not name.endswith("__") and own_name):
+        return _Function(name, _FIRST)
+    return _Function(name, _OUT, _position_of(target, "inplace"))
+
+
+def _position_of(function: Any, parameter: str) -> int | None:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # not written in Python
+        return None
+    return names.index(parameter) if parameter in names else None
 
 
 def _overload(target: Any) -> torch._ops.OpOverload | None:
@@ -248,7 +267,8 @@ def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:
 def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     """The tensors that ``node`` writes to in place.
 
-    Covers ``x.op_(...)``, ``x[...] = y``, functions with ``out=`` and custom operators whose schema says so.
+    Covers ``x.op_(...)``, ``x[...] = y``, functions with ``out=`` or ``inplace=True``, lists of tensors, custom
+    operators whose schema says so, and Triton kernels of the model's own (all that they are given).
     """
     written: list[Any] = []
     if node.op == "call_method":
@@ -256,11 +276,16 @@ def mutated_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
         inplace = name.endswith("_") and not name.endswith("__") and name not in _INPLACE_EXEMPT
         written = [node.args[0]] if inplace or name == "__setitem__" else []
     elif node.op == "call_function":
-        arguments = _function(node.target).written
-        if not arguments or (arguments is _OUT and "out" not in node.kwargs):
+        name, arguments, switch = _function(node.target)
+        if switch is not None and arg(node, switch, "inplace"):
+            arguments = (*arguments, (0, "input"))
+        elif name == "triton_kernel_wrapper_mutation":
+            return tuple(tensor_inputs(node))
+        elif not arguments or (arguments is _OUT and "out" not in node.kwargs):
             return ()
         written = [arg(node, position, name) for position, name in arguments]
-    return tuple(target for target in written if isinstance(target, fx.Node))
+    several = (target if isinstance(target, list | tuple) else (target,) for target in written)
+    return tuple(target for targets in several for target in targets if isinstance(target, fx.Node))
 
 
 def mutated_input(node: fx.Node) -> fx.Node | None:
@@ -274,6 +299,11 @@ def mutations(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return [n for n in nodes if mutated_input(n) is not None]
 
 
+def views_of(node: fx.Node) -> Iterator[fx.Node]:
+    """Users of ``node`` that may be views of it."""
+    return (user for user in node.users if op(user) in VIEW_OPS and arg(user, 0, "input") is node)
+
+
 def alias_root(node: fx.Node) -> fx.Node:
     """The node whose storage ``node`` may share: views and results of in-place ops walked back."""
     seen = node
@@ -281,8 +311,8 @@ def alias_root(node: fx.Node) -> fx.Node:
         target = mutated_input(seen)
         if target is not None:
             seen = target
-        elif op(seen) in VIEW_OPS and seen.args and isinstance(seen.args[0], fx.Node):
-            seen = seen.args[0]
+        elif op(seen) in VIEW_OPS and isinstance(source := arg(seen, 0, "input"), fx.Node):
+            seen = source
         else:
             return seen
 
@@ -292,9 +322,9 @@ def aliases(root: fx.Node) -> list[fx.Node]:
     found, pending, seen = [root], [root], {root}
     while pending:
         current = pending.pop()
-        for user in current.users:
-            view = op(user) in VIEW_OPS and user.args and user.args[0] is current
-            if user not in seen and (view or current in mutated_inputs(user)):
+        written = (user for user in current.users if current in mutated_inputs(user))
+        for user in (*views_of(current), *written):
+            if user not in seen:
                 seen.add(user)
                 found.append(user)
                 pending.append(user)
@@ -307,10 +337,44 @@ def writes_to(root: fx.Node) -> list[fx.Node]:
 
 
 def written_between(tensor: fx.Node, first: fx.Node, last: fx.Node) -> bool:
-    """Whether an in-place write to the storage of ``tensor`` stands from ``first`` to before ``last``."""
-    root, node = alias_root(tensor), first
+    """Whether an in-place write to the storage of ``tensor`` stands from ``first`` to before ``last``.
+
+    Names say which nodes may share memory, and fake tensors which do: either is enough.
+    """
+    read, node = places(tensor), first
     while node is not last and node.op != "root":
-        if root in map(alias_root, mutated_inputs(node)):
+        if any(places(target) & read for target in mutated_inputs(node)):
             return True
         node = node.next
     return False
+
+
+def places(node: fx.Node) -> frozenset[fx.Node | StorageWeakRef]:
+    """Where the elements of ``node`` may lie: two nodes that have a place in common may share memory.
+
+    Names of operators say which nodes may (`alias_root`), and fake tensors which do: either is enough.
+    """
+    value, root = fake(node), alias_root(node)
+    try:
+        memory = StorageWeakRef(value.untyped_storage()) if isinstance(value, torch.Tensor) else None
+    except NotImplementedError:  # a tensor without storage, such as a sparse one
+        memory = None
+    return frozenset({root} if memory is None else {root, memory})
+
+
+def loses_gradient(node: fx.Node) -> bool:
+    """Whether ``node`` ran without gradients though one of its inputs asks for them."""
+    value = fake(node)
+    if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+        return False
+    if not any(fake(source).requires_grad for source in tensor_inputs(node)):
+        return False
+    return not value.requires_grad or not _grad_mode(node)  # fake views do not tell
+
+
+def _grad_mode(node: fx.Node) -> bool:
+    while node.op != "root":
+        node = node.prev
+        if op(node) == "_set_grad_enabled":
+            return bool(node.args[0])
+    return True

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections import Counter
 from typing import Any
 
 import torch
@@ -47,8 +48,13 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     window = 1 if ctx.plan.vision_policy is None else ctx.plan.vision_policy.scoring_window
     layers: list[tuple[Site, PartitionedLayer]] = []
     by_key: dict[fx.Node, Site] = {}
+    calls = Counter(site.layer for site in decoder_sites(ctx) if site.kind == "full")
     for site in decoder_sites(ctx):
         if site.node is None or site.status is Status.REFUSED:
+            continue
+        if site.kind == "full" and calls[site.layer] > 1:
+            # The state of a cache goes by layers, and scores of one call say nothing of another.
+            result.refuse(site, Reason.LAYER_UNKNOWN, f"{calls[site.layer]} calls share its number")
             continue
         # The layers of a compact cache have one layout.
         if not (ctx.plan.reads_less or _in_block(site) or (ctx.compact is not None and site.kind == "full")):

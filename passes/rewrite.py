@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from avl_fx.passes.nodes import METADATA_OPS, VIEW_OPS, alias_root, fake, mutated_inputs, op, shape
+from avl_fx.passes.nodes import METADATA_OPS, VIEW_OPS, fake, mutated_inputs, op, places, shape
 
 __all__ = ["add_input", "insert_call", "insert_traced", "remove_dead"]
 
@@ -133,7 +133,10 @@ def remove_dead(
         Names of the in-place writes that were removed, in program order.
     """
     nodes = list(graph.nodes)
-    writes = {node: {alias_root(t) for t in mutated_inputs(node)} for node in nodes if mutated_inputs(node)}
+    writes = {n: frozenset().union(*map(places, mutated_inputs(n))) for n in nodes if mutated_inputs(n)}
+    given_up = frozenset().union(*map(places, removable))
+    inputs = [n for n in nodes if n.op in ("placeholder", "get_attr")] if writes else []
+    outside = frozenset().union(*map(places, inputs)) - given_up
 
     live: set[fx.Node] = set()
     pending: list[fx.Node] = []
@@ -149,7 +152,7 @@ def remove_dead(
         if node.op == "output":
             pending.append(node)
         elif node in writes:
-            if any(root.op in ("placeholder", "get_attr") and root not in removable for root in writes[node]):
+            if writes[node] & outside:
                 mark(node)
         elif node in initially_unused or node in keep:
             mark(node)
@@ -160,15 +163,15 @@ def remove_dead(
                 mark(used)
         # A write to a buffer made in the graph, or to a removable one, lives when a live node reads that buffer. That a
         # removable buffer is returned does not count: its elements are what the rewrite gave up.
-        readers = {
-            root
-            for node in live
-            if not _describes(node)
-            for root in map(alias_root, node.all_input_nodes)
-            if node.op != "output" or root not in removable
-        }
-        for node, roots in writes.items():
-            if node not in live and roots & readers:
+        waiting = [node for node in writes if node not in live]
+        read: set[Any] = set()
+        for node in live if waiting else ():
+            if not _describes(node):
+                read.update(
+                    *(places(source) - (given_up if node.op == "output" else set()) for source in node.all_input_nodes)
+                )
+        for node in waiting:
+            if writes[node] & read:
                 mark(node)
         if not pending:
             break

@@ -20,7 +20,7 @@ from torch import fx
 
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.drop_keys import drop_keys
-from avl_fx.passes.nodes import alias_root, mutated_input
+from avl_fx.passes.nodes import mutated_input, written_between
 from avl_fx.passes.rewrite import remove_dead
 from avl_fx.passes.site import PassResult, Reason, Site, Status
 
@@ -119,7 +119,8 @@ def why_not(site: Site, anchor: Site | None) -> tuple[Reason, str] | None:
         site.node.args[_MASK], anchor.node.args[_MASK]
     ):
         return Reason.ANCHOR_MASK, ""
-    if _written_between(anchor.node, site.node):
+    read = (anchor.node.args[_QUERY], anchor.node.args[_KEY])
+    if any(written_between(tensor, anchor.node.next, site.node) for tensor in read):  # type: ignore[arg-type]
         return Reason.MUTATION, "the anchor's keys are written again before the lazy layer"
     return None
 
@@ -144,17 +145,6 @@ def same_value(a: Any, b: Any, depth: int = 6) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same_value(a[k], b[k], depth) for k in a)
     return type(a) is type(b) and bool(a == b)
-
-
-def _written_between(anchor: fx.Node, site: fx.Node) -> bool:
-    roots = {alias_root(anchor.args[i]) for i in (_QUERY, _KEY)}  # type: ignore[arg-type]
-    node = anchor.next
-    while node is not site and node.op != "root":
-        target = mutated_input(node)
-        if target is not None and alias_root(target) in roots:
-            return True
-        node = node.next
-    return False
 
 
 def _share(

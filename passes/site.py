@@ -38,11 +38,12 @@ class Reason(enum.StrEnum):
     MASK = "mask cannot be carried exactly"
     FLEX = "flex_attention: its mask is a program"
     MUTATION = "keys or values change between the site and its use"
+    GRADIENT = "gradients would take another way"
     DEVICE = "no lowering for this device"
     LAYER_UNKNOWN = "decoder layer of the site is unknown"
     ANCHOR_ELSEWHERE = "its anchor is in another graph"
     ANCHOR_REFUSED = "its anchor is not a recognised site"
-    ANCHOR_KIND = "attends differently from its anchor (full, sliding or cross)"
+    ANCHOR_KIND = "attends differently from its anchor (full, sliding, chunked, cross)"
     ANCHOR_GEOMETRY = "heads, head dim or sequence differ from its anchor"
     ANCHOR_MASK = "mask differs from its anchor's"
     ANCHOR_SCALE = "scale differs from its anchor's"
@@ -75,7 +76,8 @@ class Site:
     depth: int | None = None
     """Number of layers of the tower, where the model tells."""
     kind: str = "full"
-    """``full``, ``sliding`` or ``cross``, as the model's own module declares it."""
+    """``full``, ``sliding`` or ``cross``, as the model's own module declares it, or what its configuration calls it
+    instead (``chunked``)."""
     batch: int | str = 0
     queries: int | str = 0
     keys: int | str = 0

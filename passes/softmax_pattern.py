@@ -44,6 +44,8 @@ class SoftmaxMatch:
     value: fx.Node
     scale: float = 1.0
     build_mask: Callable[[], fx.Node | None] = field(default=lambda: None)
+    mask_source: fx.Node | None = None
+    """What `build_mask` makes the mask of: the model's own mask."""
 
     def key(self) -> fx.Node:
         """``[batch, heads, keys, head_dim]``: the input of the model's own transpose, or a new transpose."""
@@ -75,7 +77,7 @@ def match_softmax(node: fx.Node) -> SoftmaxMatch:
     """
     output, value = _walk_forward(node)
     rank = len(shape(node) or ())
-    dim = arg(node, 1, "dim", -1)
+    dim = arg(node, 1, "dim")  # without one `F.softmax` guesses, and of four dimensions it takes the second
     if not isinstance(dim, int) or dim % rank != rank - 1:
         raise Refusal(Reason.SOFTMAX_DIM, f"dim {dim} of {rank}", value)
     return _walk_back(node, output, value)
@@ -118,6 +120,7 @@ def _walk_back(softmax: fx.Node, output: fx.Node, value: fx.Node) -> SoftmaxMatc
     """From the softmax over casts, one mask and scales to the product of query and key."""
     scale = 1.0
     mask: Callable[[], fx.Node | None] | None = None
+    source: fx.Node | None = None
     current = arg(softmax, 0, "input")
     while True:
         if not isinstance(current, fx.Node):
@@ -129,7 +132,7 @@ def _walk_back(softmax: fx.Node, output: fx.Node, value: fx.Node) -> SoftmaxMatc
             if len(current.users) > 1:
                 raise Refusal(Reason.WEIGHTS_USED, "logits", value)
             query, key = arg(current, 0, "input"), arg(current, 1, "other")
-            return SoftmaxMatch(output, current, query, key, value, scale, mask or (lambda: None))
+            return SoftmaxMatch(output, current, query, key, value, scale, mask or (lambda: None), source)
         if name in _CASTS and fake(current).dtype.is_floating_point:
             current = current.args[0]
         elif name in ("mul", "div", "mul_", "div_"):
@@ -140,12 +143,12 @@ def _walk_back(softmax: fx.Node, output: fx.Node, value: fx.Node) -> SoftmaxMatc
         elif name in ("add", "add_"):
             if mask is not None:
                 raise Refusal(Reason.MASK, "more than one mask", value)
-            current, bias = _biased(current, value)
-            mask = _constant(bias)
+            current, source = _biased(current, value)
+            mask = _constant(source)
         elif name in ("masked_fill", "masked_fill_", "where"):
             if mask is not None:
                 raise Refusal(Reason.MASK, "more than one mask", value)
-            current, mask = _filled(current, output, value)
+            current, source, mask = _filled(current, output, value)
         elif name == "tanh":
             raise Refusal(Reason.SOFTCAP, "", value)
         else:
@@ -209,11 +212,13 @@ def _biased(node: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
     logits, bias = leading[0]
     if not same_shape(logits, node):
         raise Refusal(Reason.MASK, "the mask broadcasts the logits", value)
+    if not fake(bias).dtype.is_floating_point:  # a sum adds one where it is true, a mask hides where it is false
+        raise Refusal(Reason.MASK, f"{str(fake(bias).dtype).removeprefix('torch.')} numbers are added", value)
     return logits, bias
 
 
-def _filled(node: fx.Node, output: fx.Node, value: fx.Node) -> tuple[fx.Node, Callable[[], fx.Node | None]]:
-    """``masked_fill(logits, hidden, low)`` or ``where(visible, logits, low)`` as a mask."""
+def _filled(node: fx.Node, output: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node, Callable[[], fx.Node | None]]:
+    """``masked_fill(logits, hidden, low)`` or ``where(visible, logits, low)``: logits, the model's mask, and ours."""
     if op(node) == "where":
         visible, logits, low = where_args(node)
         hidden = None
@@ -230,6 +235,12 @@ def _filled(node: fx.Node, output: fx.Node, value: fx.Node) -> tuple[fx.Node, Ca
     work = fake(logits).dtype
     if fill > torch.finfo(work).min / 4:
         raise Refusal(Reason.MASK, f"filled with {fill}", value)
+    if fill != float("-inf") and fake(node).requires_grad:
+        # A row that is hidden altogether is uniform, and a fill lets no gradient through to its logits: a sum would.
+        raise Refusal(Reason.GRADIENT, f"logits are filled with {fill}", value)
+    source = hidden if visible is None else visible
+    if not isinstance(source, fx.Node):
+        raise Refusal(Reason.MASK, "not a tensor", value)
 
     def build() -> fx.Node:
         shown = visible if visible is not None else insert_call(output, "logical_not", hidden)
@@ -242,4 +253,4 @@ def _filled(node: fx.Node, output: fx.Node, value: fx.Node) -> tuple[fx.Node, Ca
         covered = hidden if hidden is not None else insert_call(output, "logical_not", visible)
         return insert_call(output, "masked_fill", zeros, covered, torch.finfo(dtype).min)
 
-    return logits, build
+    return logits, source, build

@@ -31,6 +31,13 @@ bool are_swaps(const Moves& moves) {
   return true;
 }
 
+// Whether all that moves is one of the first `keys` rows.
+bool are_within(const Moves& moves, int64_t keys) {
+  for (int64_t i = 0; i < moves.count; ++i)
+    if (moves.to(i) >= keys || (moves.to(i) >= 0 && (moves.from(i) < 0 || moves.from(i) >= keys))) return false;
+  return true;
+}
+
 // Two rows of `bytes` change places, with nothing kept but in registers.
 void swap_rows(char* x, char* y, int64_t bytes) {
   typedef char Line __attribute__((vector_size(LINE)));
@@ -50,13 +57,15 @@ void ask_for(const char* row, int64_t bytes) {
 }  // namespace
 
 // new[slot[i]] = old[source[i]] for every i, in each of `batch` x `heads` matrices of rows. Everything is in bytes, but
-// `source` and `slots`, int64 [batch, groups, moves] with strides in elements (0 where all heads are alike).
-extern "C" void avl_partition(char* cache, const int64_t* source, const int64_t* slots, const int64_t* sizes) {
+// `source` and `slots`, int64 [batch, groups, moves] with strides in elements (0 where all heads are alike). Returns how
+// many of the matrices were asked for a row that they do not have: these are left as they are.
+extern "C" int64_t avl_partition(char* cache, const int64_t* source, const int64_t* slots, const int64_t* sizes) {
   const int64_t batch = sizes[0], heads = sizes[1], moves = sizes[2], bytes = sizes[3], threads = sizes[4];
   const int64_t cache_batch = sizes[5], cache_head = sizes[6], cache_row = sizes[7];
   const int64_t source_batch = sizes[8], source_head = sizes[9], source_move = sizes[10];
-  const int64_t slots_batch = sizes[11], slots_head = sizes[12], slots_move = sizes[13];
-#pragma omp parallel num_threads(threads)
+  const int64_t slots_batch = sizes[11], slots_head = sizes[12], slots_move = sizes[13], keys = sizes[14];
+  int64_t outside = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : outside)
   {
     std::vector<char> rows;
 #pragma omp for schedule(static)
@@ -65,6 +74,10 @@ extern "C" void avl_partition(char* cache, const int64_t* source, const int64_t*
       char* base = cache + b * cache_batch + h * cache_head;
       const Moves own = {source + b * source_batch + h * source_head, slots + b * slots_batch + h * slots_head, moves,
                          source_move, slots_move};
+      if (!are_within(own, keys)) {
+        ++outside;
+        continue;
+      }
       if (are_swaps(own)) {
         for (int64_t i = 0; i < moves; i += 2) {
           const int64_t later = i + 2 * AHEAD;
@@ -81,6 +94,7 @@ extern "C" void avl_partition(char* cache, const int64_t* source, const int64_t*
         if (own.to(i) >= 0) std::memcpy(base + own.to(i) * cache_row, rows.data() + i * bytes, bytes);
     }
   }
+  return outside;
 }
 
 // Picks core anew among secondary: `Partition.next_order`. Fills `source` and `target` [batch, groups, room] with swaps

@@ -14,15 +14,16 @@ from avl_fx.kernels.native import bind
 
 __all__ = ["forget_native", "partition_native", "reselect_native"]
 
-_MoveSizes, _SelectSizes, _ForgetSizes = ctypes.c_int64 * 14, ctypes.c_int64 * 7, ctypes.c_int64 * 7
+_MoveSizes, _SelectSizes, _ForgetSizes = ctypes.c_int64 * 15, ctypes.c_int64 * 7, ctypes.c_int64 * 7
 
 
 _pointer = ctypes.c_void_p
 
 
 @cache
-def _move() -> Callable[..., None] | None:
-    return bind(Path(__file__).with_name("native.cpp"), "avl_partition", [*[_pointer] * 3, _MoveSizes])
+def _move() -> Callable[..., int] | None:
+    arguments = [*[_pointer] * 3, _MoveSizes]
+    return bind(Path(__file__).with_name("native.cpp"), "avl_partition", arguments, ctypes.c_int64)
 
 
 @cache
@@ -45,7 +46,7 @@ def partition_native(key: Tensor | None, value: Tensor | None, source: Tensor, s
     for tensor in (key, value):
         if tensor is None or tensor.numel() == 0:
             continue
-        batch, heads, _, dim = tensor.shape
+        batch, heads, keys, dim = tensor.shape
         size, strides = tensor.element_size(), tensor.stride()
         from_, to = source.expand(-1, heads, -1).stride(), slots.expand(-1, heads, -1).stride()
         sizes = _MoveSizes(
@@ -53,8 +54,10 @@ def partition_native(key: Tensor | None, value: Tensor | None, source: Tensor, s
             *(stride * size for stride in strides[:3]),
             *from_,
             *to,
+            keys,
         )
-        function(tensor.data_ptr(), source.data_ptr(), slots.data_ptr(), sizes)
+        if function(tensor.data_ptr(), source.data_ptr(), slots.data_ptr(), sizes):
+            raise IndexError(f"source, slots: a row beyond the {keys} of a cache.")  # as ATen raises it
     return True
 
 

@@ -28,6 +28,7 @@ def partition_(key: Tensor | None, value: Tensor | None, source: Tensor, slots: 
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
+        IndexError: a row that the cache does not have (on CPU; nobody looks on a GPU).
         NotImplementedError: a device without an implementation.
     """
     from avl_fx.kernels.partition import IMPLEMENTATIONS

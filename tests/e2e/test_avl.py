@@ -20,7 +20,9 @@ from tests.e2e._doors import DOORS, FLOAT32_TOLERANCE, decoder_graphs, decoder_s
 from tests.e2e.test_identity import FRAGMENTED
 from tests.oracle import avl_oracle
 from tests.zoo import ZOO
+from tests.zoo._base import finish, randomise, seeded
 from tests.zoo._run import on, prefill_and_decode
+from tests.zoo.plain_lvlm import PlainLVLM
 
 STEPS = 24
 PRESETS = {
@@ -262,6 +264,62 @@ def test_a_partitioned_cache_has_lost_nothing(kind):
     assert all(not torch.allclose(a, b, atol=1e-3) for a, b in keys), "rows have moved"
     assert all(torch.allclose(a.sum(2), b.sum(2), atol=1e-3) for a, b in keys), "among themselves"
     assert (dense_step(mine) - dense_step(plain)).abs().max() <= FLOAT32_TOLERANCE
+
+
+def test_a_full_static_buffer_has_its_rows_where_they_entered():
+    """What is written next into a full buffer replaces tokens by their place: a ring, or an error as here."""
+    zoo = ZOO["llava"]
+    model = zoo.make()
+    inputs = zoo.inputs(model, batch=3)
+    config, prompt = model.config.get_text_config(), inputs["input_ids"].shape[1]
+
+    @torch.no_grad()
+    def fill():
+        cache = StaticCache(config=config, max_cache_len=prompt + 2)
+        model(**inputs, past_key_values=cache, use_cache=True)
+        for step in range(3):
+            mask = torch.cat([inputs["attention_mask"], torch.ones(3, step + 1, dtype=torch.long)], 1)
+            beyond = pytest.raises((IndexError, RuntimeError)) if step == 2 else contextlib.nullcontext()
+            if step == 2:
+                before.append([layer.keys.clone() for layer in cache.layers])
+            with beyond:
+                model(input_ids=torch.full((3, 1), 20), attention_mask=mask, past_key_values=cache, use_cache=True)
+        return [layer.keys for layer in cache.layers]
+
+    before = []
+    expected = fill()
+    with through("torch.compile", model, compiler="eager", plan=Plan.avl(0.2, 0.4, text=0.3, text_minimum=2)):
+        found = fill()
+    # The first layer's keys do not depend on what was read.
+    assert not torch.allclose(before[1][0], expected[0], atol=1e-3), "rows had moved"
+    assert torch.allclose(found[0], expected[0], atol=1e-3)
+    assert all(torch.equal(a.sort(2).values, b.sort(2).values) for a, b in zip(found, before[1], strict=True))
+
+
+class Recurrent(PlainLVLM):
+    """Two layers that run twice each: four calls, four caches, two numbers."""
+
+    def __init__(self):
+        super().__init__("sdpa")
+        self.base = torch.nn.ModuleList(list(self._modules.pop("layers"))[:2])
+
+    @property
+    def layers(self):
+        return [*self.base, *self.base]
+
+
+def test_calls_that_share_a_layer_are_dense():
+    """Scores of one call say nothing of another's cache."""
+    model = seeded(Recurrent, 0)
+    randomise(model, 0)
+    model = finish(model, torch.float32)
+    inputs = ZOO["plain_lvlm"].inputs(model, batch=1)
+    expected = prefill_and_decode(model, inputs, "dynamic", steps=6)
+    with through("torch.compile", model, compiler="eager", plan=Plan.avl(0.1, 0.2, 0, text=None)) as recorder:
+        found = prefill_and_decode(model, inputs, "dynamic", steps=6, tokens=expected.tokens)
+    assert largest(found, expected) <= FLOAT32_TOLERANCE
+    sites = [site for graph in decoder_graphs(recorder) for site in decoder_sites(graph)]
+    assert {(site.reason, site.detail) for site in sites} == {(Reason.LAYER_UNKNOWN, "2 calls share its number")}
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])

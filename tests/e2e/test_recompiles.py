@@ -1,8 +1,11 @@
 """Decoding does not recompile: after the second step, 64 steps run on what is there."""
 
 import pytest
+import torch
 
+import avl_fx
 from avl_fx import Plan
+from avl_fx.errors import CaptureError
 from tests.e2e._doors import decoder_graphs, decoder_sites, through
 from tests.zoo import ZOO
 from tests.zoo._run import prefill_and_decode
@@ -45,3 +48,22 @@ def _counting(forward, recorder, counts):
         return out
 
     return run
+
+
+def test_the_recompile_limit_is_an_error_that_says_what_to_do():
+    """Transformers records attention weights by hooks, at which Dynamo splits the decoder: a graph a layer, or more."""
+    zoo = ZOO["llava"]
+    model = zoo.make()
+    inputs = zoo.inputs(model, batch=1)
+
+    def answer():
+        out = model.generate(**inputs, max_new_tokens=4, output_attentions=True, return_dict_in_generate=True)
+        return out.sequences
+
+    expected = answer()
+    with through("avl_fx.compile", model, plan=Plan.avl(text=None), compiler="eager"):
+        with pytest.raises(CaptureError, match=r"recompile_limit: .* compiled 8 times.* Fix: raise it") as caught:
+            answer()
+        assert "output_attentions" in caught.value.remedy
+        avl_fx.uncompile(model)
+        assert torch.equal(answer(), expected)

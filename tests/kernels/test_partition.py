@@ -348,3 +348,23 @@ def test_errors(name: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         torch.ops.avl.partition_(**{**arguments, **changed})
+
+
+@pytest.mark.parametrize("index", ["source", "slots"])
+@pytest.mark.parametrize("row", [-7, 6])
+@pytest.mark.parametrize("name", ["cpu", "aten"])
+def test_rows_that_are_not_there_are_an_error(name: str, row: int, index: str) -> None:
+    """Memory next to the cache is somebody else's."""
+    memory = torch.arange(24.0).reshape(1, 1, 12, 2).clone()
+    before = memory.clone()
+    cache = memory[:, :, 3:9]
+    moves = {"source": torch.tensor([[[0, 1]]]), "slots": torch.tensor([[[1, 0]]])}
+    moves[index][..., 1] = row
+    if (index, row) == ("slots", -7):  # moves nothing
+        MOVERS[name](cache, None, **moves)
+    else:
+        with pytest.raises(IndexError):
+            MOVERS[name](cache, None, **moves)
+        assert name == "aten" or torch.equal(memory, before), "nor is anything half done"
+    assert torch.equal(memory[:, :, :3], before[:, :, :3])
+    assert torch.equal(memory[:, :, 9:], before[:, :, 9:])

@@ -269,6 +269,12 @@ def softmax_over_the_queries(query, key, value):
 
 
 @case(Reason.SOFTMAX_DIM)
+def softmax_over_what_torch_guesses(query, key, value):
+    """Of four dimensions the second."""
+    return F.softmax(logits(query, key)) @ value
+
+
+@case(Reason.SOFTMAX_DIM)
 def softmax_over_the_heads(query, key, value):
     return torch.softmax(logits(query, key), dim=1) @ value
 
@@ -386,3 +392,75 @@ def values_written_after_they_were_repeated(query, key, value):
     full_key, full_value = (x[:, :, None].expand(2, 2, 2, 5, 8).reshape(2, 4, 5, 8) for x in (key, value))
     value.mul_(2.0)
     return F.scaled_dot_product_attention(query, full_key, full_value)
+
+
+@case(Reason.MUTATION)
+def keys_written_by_an_activation(query, key, value):
+    scores = logits(query, key)
+    F.relu(key, inplace=True)
+    return torch.softmax(scores, dim=-1) @ value
+
+
+@case(Reason.MUTATION)
+def queries_written_by_an_activation_named_by_position(query, key, value):
+    scores = logits(query, key)
+    F.elu(query, 1.0, True)
+    return torch.softmax(scores, dim=-1) @ value
+
+
+@case(Reason.MUTATION)
+def keys_written_in_a_list(query, key, value):
+    scores = logits(query, key)
+    torch._foreach_mul_([key], 2.0)
+    return torch.softmax(scores, dim=-1) @ value
+
+
+@case(Reason.MUTATION)
+def keys_written_through_a_view_of_another_name(query, key, value):
+    scores = logits(query, key)
+    same, _ = torch.broadcast_tensors(key, query)
+    same[0].mul_(3.0)
+    return torch.softmax(scores, dim=-1) @ value
+
+
+@case(Reason.MUTATION)
+def keys_written_through_a_view_named_by_keywords(query, key, value):
+    scores = logits(query, key)
+    torch.transpose(input=key, dim0=0, dim1=1).mul_(3.0)
+    return torch.softmax(scores, dim=-1) @ value
+
+
+def _hidden():
+    return (*qkv(), torch.ones(5, 5, dtype=torch.bool).triu(1))
+
+
+@case(Reason.MUTATION, _hidden)
+def hidden_positions_written_between_fill_and_values(query, key, value, hidden):
+    weights = torch.softmax(logits(query, key).masked_fill(hidden, float("-inf")), dim=-1)
+    hidden.zero_()
+    return weights @ value
+
+
+@case(Reason.MUTATION, _hidden)
+def hidden_positions_written_after_a_finite_fill(query, key, value, hidden):
+    weights = torch.softmax(logits(query, key).masked_fill(hidden, torch.finfo(torch.float32).min), dim=-1)
+    hidden.logical_not_()
+    return weights @ value
+
+
+@case(Reason.MUTATION, _hidden)
+def visible_positions_written_between_where_and_values(query, key, value, visible):
+    weights = torch.softmax(torch.where(visible, logits(query, key), float("-inf")), dim=-1)
+    visible.fill_(True)
+    return weights @ value
+
+
+@case(Reason.MASK, _hidden)
+def truth_values_added(query, key, value, more):
+    """A sum adds one where they are true; a mask hides where they are false."""
+    return torch.softmax(logits(query, key) + more, dim=-1) @ value
+
+
+@case(Reason.MASK)
+def whole_numbers_added(query, key, value):
+    return torch.softmax(logits(query, key) + torch.arange(5), dim=-1) @ value

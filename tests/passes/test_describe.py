@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,6 +140,26 @@ def test_declared_cross_attention() -> None:
 )
 def test_sliding_windows_are_declared_by_the_module(kind: str, attributes: dict[str, Any]) -> None:
     assert site_of(Attention(**attributes), inputs(), None, "compared").kind == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "types", "attributes"),
+    [
+        ("chunked", ["full_attention", "chunked_attention"], {"layer_idx": 1}),
+        ("full", ["full_attention", "chunked_attention"], {"layer_idx": 0}),
+        ("hybrid", ["hybrid"], {"layer_idx": 0}),
+        ("full", ["attention"], {"layer_idx": 0}),
+        ("sliding", ["full_attention"], {"layer_idx": 0, "is_sliding": True}),  # the module knows best
+        ("full", ["chunked_attention"], {}),  # whose number is not known
+        ("full", ["chunked_attention"], {"layer_idx": 1}),
+        ("full", None, {"layer_idx": 0}),
+    ],
+)
+def test_other_kinds_are_declared_by_the_configuration(
+    kind: str, types: list[str] | None, attributes: dict[str, Any]
+) -> None:
+    config = SimpleNamespace(layer_types=types)
+    assert site_of(Attention(config=config, **attributes), inputs(), None, "compared").kind == kind
 
 
 @pytest.mark.parametrize("symbolic", [False, True])

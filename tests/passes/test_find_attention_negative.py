@@ -19,6 +19,8 @@ from avl_fx.passes.site import Reason, Status
 from tests.passes._graphs import Rewritten, capture, check, counts, find_node, rewrite
 from tests.passes._negatives import CASES, Case, logits, qkv, with_mask
 
+pytestmark = pytest.mark.filterwarnings("ignore:Implicit dimension choice for softmax")
+
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_left_alone(case: Case) -> None:

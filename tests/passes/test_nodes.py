@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from avl_fx.passes.nodes import alias_root, const, mutated_inputs, number, op, shape, written_between
@@ -102,6 +103,9 @@ WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "out": lambda x, y: torch.add(y, y, out=x),
     "copy": lambda x, y: x.copy_(y),
     "zero": lambda x, y: x.zero_(),
+    "inplace=True": lambda x, y: F.relu(x, inplace=True),
+    "inplace by position": lambda x, y: F.hardtanh(x, -1.0, 1.0, True),
+    "list": lambda x, y: torch._foreach_add_([x], 1.0),
 }
 
 
@@ -125,6 +129,8 @@ PURE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "add": lambda x, y: x + y,
     "matmul": lambda x, y: x @ y,
     "index_copy": lambda x, y: x.index_copy(0, torch.tensor([1]), y[:1]),
+    "inplace=False": lambda x, y: F.relu(x, inplace=False),
+    "list": lambda x, y: torch._foreach_add([x], 1.0),
 }
 
 

@@ -94,6 +94,20 @@ def test_a_write_to_a_view_of_an_input_lives(through: str) -> None:
     assert counts(gm)["add_"] == 1
 
 
+def test_a_write_through_a_view_that_no_name_tells_of_lives() -> None:
+    """Fake tensors know which nodes share memory, whatever made them."""
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        buffer = x * 1.0
+        same, _ = torch.broadcast_tensors(buffer, y)
+        same[0].mul_(3.0)
+        return buffer
+
+    gm = graph_of(function, ROWS.clone(), ROWS.clone())
+    assert clean(gm) == []
+    assert counts(gm)["mul_"] == 1
+
+
 def written_intermediate(x: Tensor) -> Tensor:
     buffer = x.clone()
     buffer[0] = 7.0
