@@ -44,6 +44,7 @@ __all__ = [
     "uncompile_module",
     "uncompiled",
     "watch_calls",
+    "without_attention",
 ]
 
 # Dynamo re-raises `ShortenTraceback` from a backend untouched, and strips its own frames from the traceback; any other
@@ -126,6 +127,13 @@ class FrameModules:
         found = (decoder_depth(module) for module in outermost.modules())
         return next((depth for depth in found if depth is not None), None)
 
+    def without_attention(self) -> frozenset[int]:
+        """Layers of the language decoder that do something else, as the same configuration states them."""
+        outermost = self.outermost()
+        modules = () if outermost is None else outermost.modules()
+        stated = next((module for module in modules if decoder_depth(module) is not None), None)
+        return without_attention(stated)
+
     def decoder_modules(self) -> frozenset[torch.nn.Module]:
         """Modules of the language decoder, as the outermost module names it; empty when it names none.
 
@@ -148,6 +156,14 @@ def decoder_depth(model: Any) -> int | None:
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
     layers = getattr(text, "num_hidden_layers", None)
     return layers if isinstance(layers, int) else None
+
+
+def without_attention(model: Any) -> frozenset[int]:
+    """Layers of the language decoder that are convolutions or recurrences (hybrid models), by its configuration."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    types = getattr(text, "layer_types", None)
+    return frozenset(i for i, kind in enumerate(types or ()) if kind in ("conv", "linear_attention", "mamba", "moe"))
 
 
 def compile_module(

@@ -272,7 +272,9 @@ def _depth(model: nn.Module, path: str) -> int | None:
 
 def _coverage(run: Run, sites: Sequence[SiteReport], decoder: Sequence[SiteReport]) -> DecoderReport:
     expected = _compat.decoder_depth(run.model)
-    if expected is None:
+    if expected is not None:
+        expected -= len(_compat.without_attention(run.model))
+    else:
         depths = [_depth(run.model, tower) for tower in {s.tower for s in decoder}]
         expected = max((d for d in depths if d is not None), default=None)
     seen: dict[str, tuple[int, ...]] = {}

@@ -117,6 +117,7 @@ def _make_context(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Ba
         plan=options.plan,
         resolve_module=resolver.module,
         expected_layers=resolver.decoder_layers(),
+        without_attention=resolver.without_attention(),
         decoder_modules=resolver.decoder_modules(),
         carried_visual=visual,
         observe=active_observer() is not None,
@@ -151,12 +152,13 @@ def _warn_of_dense_layers(ctx: PassContext, options: BackendOptions) -> None:
     if options.plan.is_lossless or not sites:
         return
     layers, expected = {s.layer for s in sites}, ctx.expected_layers or sites[0].depth
-    if expected is not None and len(layers) < expected:
+    attending = None if expected is None else expected - len(ctx.without_attention)
+    if attending is not None and len(layers) < attending:
         log.warning(
             "a graph holds %d of %d decoder layers; lazy layers whose anchor is in another graph stay dense. "
             "avl_fx.compile(model, plan=...) captures the decoder as one graph.",
             len(layers),
-            expected,
+            attending,
         )
     if _compat.is_last_recompile():
         log.warning(

@@ -145,7 +145,7 @@ class DecoderReport:
     """How much of the language decoder the graphs show."""
 
     expected: int | None
-    """Layers, as the model's configuration says."""
+    """Layers that attend, as the model's configuration says."""
     seen: dict[str, tuple[int, ...]]
     """Phase -> layers that ran in a graph."""
     graphs: dict[str, int]

@@ -239,6 +239,8 @@ class PassContext:
     """Module behind a path of Dynamo's ``nn_module_stack``, where it can still be reached."""
     expected_layers: int | None = None
     """Depth of the model's decoder, where the model tells."""
+    without_attention: frozenset[int] = frozenset()
+    """Its layers that do something else, where the model tells."""
     decoder_modules: frozenset[torch.nn.Module] = frozenset()
     """Modules of the language decoder, where the model names it: evidence for a decoder that is not causal."""
     sites: list[Site] = field(default_factory=list)

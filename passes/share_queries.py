@@ -47,6 +47,8 @@ def share_queries(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         elif anchor_layer is not None and site.status is not Status.REFUSED:
             anchor = _anchor(by_layer, anchor_layer, site)
             refusal = why_not(site, anchor)
+            if anchor is None and anchor_layer in ctx.without_attention:
+                refusal = Reason.ANCHOR_KIND, f"layer {anchor_layer} has no attention"
             if refusal is None and policy.mode != "gla" and site.kind != "full":
                 refusal = Reason.POSITION_MASK, site.kind
             if refusal is not None:
