@@ -29,7 +29,8 @@ class Mutation:
 
 P = "tests/passes/test_"
 FIND, NEGATIVE = f"{P}find_attention_transformers.py", f"{P}find_attention_negative.py"
-AUTOCAST = f"{P}find_attention_autocast.py"
+AUTOCAST, GRADIENTS = f"{P}find_attention_autocast.py", f"{P}find_attention_gradients.py"
+DESCRIBE = f"{P}describe.py"
 SPELLINGS, UNREPEAT, SHARE = f"{P}find_attention_properties.py", f"{P}unrepeat.py", f"{P}share_queries.py"
 LOCATE, LOWER, VERIFY, REWRITE, NODES = (
     f"{P}{n}.py" for n in ("locate_modalities", "lower", "verify", "rewrite", "nodes")
@@ -58,6 +59,12 @@ def _in(file: str, *mutations: tuple[str, str, str, str]) -> list[Mutation]:
 MUTATIONS: list[Mutation] = [
     *_in(
         "passes/find_attention.py",
+        (
+            "let gradients through what ran without",
+            "if any(map(loses_gradient, _replaced(anchor, kept))):",
+            "if False:",
+            f"{GRADIENTS} -k without",
+        ),
         (
             "drop the mask",
             "query, key, value, mask, site.scale, is_causal, site.index",
@@ -163,9 +170,33 @@ MUTATIONS: list[Mutation] = [
             "add the first of two masks",
             "            if mask is not None:\n"
             '                raise Refusal(Reason.MASK, "more than one mask", value)\n'
-            "            current, mask = _filled",
-            "            current, mask = _filled",
+            "            current, source, mask = _filled",
+            "            current, source, mask = _filled",
             f"{NEGATIVE} -k 'left_alone and two'",
+        ),
+        (
+            "take added truth values for a mask",
+            "if not fake(bias).dtype.is_floating_point:",
+            "if False:",
+            f"{NEGATIVE} -k 'left_alone and truth_values'",
+        ),
+        (
+            "guess the dimension of a softmax",
+            'dim = arg(node, 1, "dim")',
+            'dim = arg(node, 1, "dim", -1)',
+            f"{NEGATIVE} -k 'left_alone and guesses'",
+        ),
+        (
+            "forget where the mask was read",
+            "scale, mask or (lambda: None), source)",
+            "scale, mask or (lambda: None))",
+            f"{NEGATIVE} -k 'left_alone and hidden_positions'",
+        ),
+        (
+            "let gradients through a finite fill",
+            'if fill != float("-inf") and fake(node).requires_grad:',
+            "if False:",
+            f"{GRADIENTS} -k filled",
         ),
         (
             "take quantised logits",
@@ -205,6 +236,12 @@ MUTATIONS: list[Mutation] = [
     *_in(
         "passes/describe.py",
         (
+            "call chunked attention full",
+            "    declared = _declared_kind(module, layer)\n",
+            "    declared = None\n",
+            f"{DESCRIBE} -k other_kinds",
+        ),
+        (
             "ignore sliding windows",
             'if getattr(module, "is_sliding", False) is True or',
             "if False or",
@@ -236,7 +273,7 @@ MUTATIONS: list[Mutation] = [
         ("ignore another geometry", "if own != theirs:", "if False:", f"{SHARE} -k 'alone and heads'"),
         (
             "read the anchor's keys after they were written",
-            "if _written_between(anchor.node, site.node):",
+            "if any(written_between(tensor, anchor.node.next, site.node) for tensor in read):",
             "if False:",
             f"{SHARE} -k 'must_not_change'",
         ),
@@ -393,15 +430,15 @@ MUTATIONS: list[Mutation] = [
         "passes/rewrite.py",
         (
             "remove live writes to inputs",
-            'if any(root.op in ("placeholder", "get_attr") and root not in removable for root in writes[node]):',
+            "if writes[node] & outside:",
             "if False:",
             REWRITE,
         ),
-        ("remove writes that are read later", "if node not in live and roots & readers:", "if False:", REWRITE),
+        ("remove writes that are read later", "if writes[node] & read:", "if False:", REWRITE),
         (
             "never remove a buffer's writes",
-            'if any(root.op in ("placeholder", "get_attr") and root not in removable for root in writes[node]):',
-            'if any(root.op in ("placeholder", "get_attr") for root in writes[node]):',
+            "outside = frozenset().union(*map(places, inputs)) - given_up",
+            "outside = frozenset().union(*map(places, inputs))",
             REWRITE,
         ),
         (
@@ -422,9 +459,33 @@ MUTATIONS: list[Mutation] = [
         ("take & for a write", '    operator.and_: "bitwise_and",\n', "", NODES),
         (
             "miss writes through views",
-            "        elif op(seen) in VIEW_OPS and seen.args",
-            "        elif False and seen.args",
+            "        elif op(seen) in VIEW_OPS and isinstance(",
+            "        elif False and isinstance(",
             NODES,
+        ),
+        (
+            "miss writes to memory that no name tells of",
+            "return frozenset({root} if memory is None else {root, memory})",
+            "return frozenset({root})",
+            f"{REWRITE} -k no_name",
+        ),
+        (
+            "miss writes that an argument asks for",
+            'if switch is not None and arg(node, switch, "inplace"):',
+            "if False:",
+            f"{NODES} -k in_place_writes",
+        ),
+        (
+            "miss writes to lists",
+            'own_name = not name.startswith("_") or name.startswith("_foreach_")',
+            'own_name = not name.startswith("_")',
+            f"{NODES} -k in_place_writes",
+        ),
+        (
+            "trust views about gradients",
+            "return not value.requires_grad or not _grad_mode(node)",
+            "return not value.requires_grad",
+            f"{GRADIENTS} -k transposed",
         ),
         (
             "read symbolic sizes as scales",
@@ -686,6 +747,12 @@ MUTATIONS: list[Mutation] = [
     *_in(
         "passes/partition_modalities.py",
         (
+            "partition calls that share a layer",
+            'if site.kind == "full" and calls[site.layer] > 1:',
+            "if False:",
+            f"{AVL} -k share_a_layer",
+        ),
+        (
             "partition sliding windows as well",
             'if site.kind != "full":',
             'if site.kind == "cross":',
@@ -806,6 +873,7 @@ MUTATIONS: list[Mutation] = [
     ),
     *_in(
         "kernels/partition/native.cpp",
+        ("move rows that are not there", "if (!are_within(own, keys)) {", "if (false) {", f"{MOVES} -k not_there"),
         ("let all moves be swaps", "if (are_swaps(own)) {", "if (true) {", f"{MOVES} -k almost_in_twos"),
         ("leave the end of a row", "  std::swap_ranges(x + at, x + bytes, y + at);\n", "", f"{MOVES} -k change_places"),
         (
@@ -827,6 +895,12 @@ MUTATIONS: list[Mutation] = [
     ),
     *_in(
         "avl_fx/partition_runtime.py",
+        (
+            "leave a full buffer out of order",
+            "if any(found.length >= buffer.shape[2] for buffer in buffers):",
+            "if False:",
+            f"{AVL} -k full_static",
+        ),
         (
             "leave the values of lazy layers where they were",
             "order = orders.get(layer.scores_from)",
