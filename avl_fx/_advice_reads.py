@@ -33,6 +33,7 @@ def _undivided(facts: Facts) -> Iterator[str]:
         Undivided.NO_VISUAL: "The inputs hold no visual tokens: explain the plan with a prompt that has images.",
         Undivided.MISFIT: "The visual positions do not fit the cache: give [batch, sequence] of the whole prompt.",
         Undivided.HIDDEN: "The attention mask hides visual keys of the prompt: unmask them, or drop them from it.",
+        Undivided.BIASED: "The attention mask weighs keys by their place (ALiBi): rows may not move.",
         Undivided.RANGES: (
             f"In a batch row visual tokens stand in so many pieces that more than {MOST_RANGES} ranges of keys would "
             "have to be read: use fewer or smaller images"

@@ -174,14 +174,16 @@ def compile_module(
 ) -> None:
     """``module.compile(**kwargs)`` with Dynamo settings that hold around its calls and nowhere else.
 
-    ``limit_hit`` makes what is raised where the settings forbid to run eagerly past the recompile limit.
+    ``recompile_limit`` among the settings is the least one: users may raise theirs. ``limit_hit`` makes what is raised
+    where the settings forbid to run eagerly past it.
     """
     module.compile(**kwargs)
     compiled = module._compiled_call_impl
     assert compiled is not None
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with dynamo_config.patch(**settings):
+        limit = max(settings.get("recompile_limit", 0), dynamo_config.recompile_limit)
+        with dynamo_config.patch({**settings, "recompile_limit": limit}):
             try:
                 return compiled(*args, **kwargs)
             except FailOnRecompileLimitHit as error:

@@ -83,8 +83,8 @@ class AVLLayer(DynamicLayer):
         return self.sequence.tokens
 
     def reset(self) -> None:
+        self.keys = self.values = None  # first: some releases fill with zeros what is there
         super().reset()
-        self.keys = self.values = None
         self.is_initialized, self.sequence.tokens = False, 0
 
     def select(self, take: Callable[[Tensor], Tensor]) -> None:
@@ -209,11 +209,17 @@ class AVLCache(Cache):
                 raise self._cannot_crop(count, "rows were dropped or moved since the first of them was fed")
         elif count and any(layer.values.shape[2] != length for layer in own):
             raise self._cannot_crop(count, "which rows are stored is not known any more")
-        for layer in self.layers:
-            if not isinstance(layer, AVLLayer):
-                layer.crop(tokens_to_remove)
-            elif count and layer.is_initialized:
-                layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
+        others = [layer for layer in self.layers if not isinstance(layer, AVLLayer)]
+        was = [dict(vars(layer)) for layer in others]
+        try:
+            for layer in others if count else ():
+                layer.crop(-count)
+        except Exception as error:  # a window has let the earlier tokens go
+            for layer, attributes in zip(others, was, strict=True):
+                vars(layer).update(attributes)
+            raise self._cannot_crop(count, str(error) or type(error).__name__) from error
+        for layer in own if count else ():
+            layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
         self._sequence.tokens -= count
         if cropped is not None and state is not None:
             self._hand_over(state, cropped)
@@ -236,14 +242,25 @@ class AVLCache(Cache):
 
     def _select(self, index: Tensor, take: Callable[[Tensor], Tensor], repeats: int | None = None) -> None:
         state = self._state()
-        for layer in self.layers:
-            if isinstance(layer, AVLLayer):
-                if layer.is_initialized:
-                    layer.select(lambda rows: reserve(take(rows), spare=COMPACT_SPARE_ROWS))
-            elif repeats is not None:
+        others = [layer for layer in self.layers if not isinstance(layer, AVLLayer)]
+        name = "batch_select_indices" if repeats is None else "batch_repeat_interleave"
+        for layer in others:
+            # Recurrent layers can be reordered only, which is a selection of as many rows.
+            if not hasattr(layer, name) and not (repeats is None and hasattr(layer, "reorder_cache")):
+                raise CacheStateError(
+                    f"{type(layer).__name__} of transformers has no {name}",
+                    field="past_key_values",
+                    remedy="run the prompt in the batch that is wanted",
+                )
+        for layer in others:
+            if repeats is not None:
                 layer.batch_repeat_interleave(repeats)
-            else:
+            elif hasattr(layer, name):
                 layer.batch_select_indices(index)
+            else:
+                layer.reorder_cache(index)
+        for layer in self._own():
+            layer.select(lambda rows: reserve(take(rows), spare=COMPACT_SPARE_ROWS))
         if state is not None:
             self._hand_over(state, state.select(index.cpu()))
 
@@ -253,13 +270,14 @@ class AVLCache(Cache):
         twin = copy.copy(self)
         memo[id(self)] = twin
         twin._sequence = copy.copy(self._sequence)
-        twin.layers = [copy.copy(layer) for layer in self.layers]
+        # Layers of transformers' own may keep what they store in lists and dictionaries.
+        twin.layers = [copy.copy(x) if isinstance(x, AVLLayer) else copy.deepcopy(x, memo) for x in self.layers]
         for layer in twin.layers:
             if isinstance(layer, AVLLayer):
                 layer.sequence = twin._sequence
-            for name, value in vars(layer).items():
-                if isinstance(value, Tensor):
-                    setattr(layer, name, value if is_dropped(value) else value.clone())
+                for name, value in vars(layer).items():
+                    if isinstance(value, Tensor):
+                        setattr(layer, name, value if is_dropped(value) else value.clone())
         if state is not None:
             batch = torch.arange(len(state.slots))
             state.select(batch).attach(twin._keys())

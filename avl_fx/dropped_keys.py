@@ -14,19 +14,27 @@ from torch import Tensor
 
 from avl_fx.errors import CacheStateError
 
-__all__ = ["check_stored", "is_dropped", "mark_buffer", "marker"]
+__all__ = ["Nans", "check_stored", "is_dropped", "mark_buffer", "marker"]
 
 _ATTRIBUTE = "_avl_dropped_keys"
-_NANS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+Nans = dict[tuple[torch.dtype, torch.device], Tensor]
+"""What markers of one cache share. Not those of several: who wipes a cache may write to its markers."""
 
 
-def marker(like: Tensor, head_dim: int) -> Tensor:
-    """A stand-in for keys ``[*like.shape[:-1], head_dim]`` that occupies one element."""
+def marker(like: Tensor, head_dim: int, shared: Nans | None = None) -> Tensor:
+    """A stand-in for keys ``[*like.shape[:-1], head_dim]`` that occupies one element.
+
+    Args:
+        like: a tensor of the same size but for the last dimension, dtype and device.
+        head_dim: that of the keys.
+        shared: what other markers of the same cache occupy; a new element is added where there is none.
+    """
+    shared = {} if shared is None else shared
     key = (like.dtype, like.device)
-    nan = _NANS.get(key)
+    nan = shared.get(key)
     if nan is None:
         with torch.inference_mode(False):
-            nan = _NANS[key] = torch.full((), float("nan"), dtype=like.dtype, device=like.device)
+            nan = shared[key] = torch.full((), float("nan"), dtype=like.dtype, device=like.device)
     return nan.expand(*like.shape[:-1], head_dim)
 
 

@@ -152,6 +152,8 @@ class PartitionRuntime:
         before = partition
         with torch.no_grad():
             if self.decode and partition is not None:
+                if positions is not None and (partition.text is not None or positions.device.type == "cpu"):
+                    partition = _rewound(partition, int(positions[-1]))
                 partition = self._step(partition, last_mask, args, outputs, scores)
             elif not self.decode or given() is not None:
                 batch, _, length, _ = next(iter(keys.values())).shape
@@ -161,8 +163,11 @@ class PartitionRuntime:
                     if not len(positions) <= length <= min(key.shape[2] for key in keys.values()):
                         note_division(Undivided.MISFIT)  # a buffer that starts again at its end, or is a window
                         queries = None
+                    elif before is not None:
+                        # From the beginning nothing is left of what was there.
+                        before = _rewound(before, length - queries) if length > queries else None
                 seen = None if queries is None else self._visual(length, queries, visual, before, batch)
-                if seen is None or not _all_visible(seen, last_mask, late=self.decode):
+                if seen is None or not self._order_is_free(seen, last_mask):
                     partition = None
                 else:
                     partition = self._start(seen, last_mask, before, args, outputs, keys, scores)
@@ -181,6 +186,29 @@ class PartitionRuntime:
             if not self.compact:
                 for tensor, layer in self._dynamic(args, outputs):
                     remember(tensor, partition, layer)
+
+    def _order_is_free(self, visual: Tensor, last_mask: Tensor | None) -> bool:
+        """Whether it makes no difference to a mask where rows lie: it shows all visual keys, and hides or shows others.
+
+        Args:
+            visual: bool ``[batch, keys]``.
+            last_mask: the last query's, ``[batch or 1, heads or 1, keys or more]``, boolean or additive; ``None``: it
+                sees every key.
+        """
+        if last_mask is None:
+            return True
+        moves = not self.policy.is_identity or self.text_policy is not None
+        found = None
+        if not bool((_seen(last_mask, visual.shape[1]) | ~visual).all()):
+            found = Undivided.HIDDEN
+        elif moves and _weighs(last_mask[..., : visual.shape[1]]):
+            found = Undivided.BIASED
+        if found is None:
+            return True
+        if not self.decode:  # a late start is asked for at every step until the answer is yes
+            log.warning("%s: the cache is not partitioned and attention stays dense", found)
+        note_division(found)
+        return False
 
     def _queries(self, args: Sequence[Any], length: int) -> int | None:
         """How many of the ``length`` keys of a dynamic cache are this forward's; ``None`` for a static cache."""
@@ -407,6 +435,25 @@ class PartitionRuntime:
         return args[tensor.before]
 
 
+def _rewound(partition: Partition, start: int) -> Partition:
+    """The state of a static cache that a call wrote to from position ``start`` on.
+
+    Raises:
+        CacheStateError: rows have moved there, so that the call wrote over other tokens than it meant to.
+    """
+    if start >= partition.length:
+        return partition
+    visual = partition.visual.any(0).nonzero().flatten()
+    if partition.text is None and start > int(visual.max()):
+        return replace(partition, visual=partition.visual[:, :start], length=start)
+    raise CacheStateError(
+        f"a static cache of {partition.length} tokens was written to from position {start} on, where a partition had "
+        "moved rows of other tokens: these are lost",
+        field="past_key_values",
+        remedy="start again from the prompt; to take tokens back use a DynamicCache, or a plan without a text window",
+    )
+
+
 def _enter_again(rows: Tensor, partition: Partition, layer: int) -> None:
     """Put ``rows`` ``[batch, kv_heads, keys, dim]`` of ``layer``, which ``partition`` moved, back to their place."""
     source = sources(partition, layer, rows.shape[2])
@@ -425,29 +472,18 @@ def _taken(rows: Tensor, source: Tensor) -> Tensor:
     return kept
 
 
-def _all_visible(visual: Tensor, last_mask: Tensor | None, late: bool) -> bool:
-    """Whether the last query sees every visual key: only then does their order not matter.
-
-    Args:
-        visual: bool ``[batch, keys]``.
-        last_mask: ``[batch or 1, heads or 1, keys or more]``, boolean or additive; ``None``: it sees every key.
-        late: asked at every step until the answer is yes; says nothing.
-    """
-    if last_mask is None:
-        return True
-    if bool((_seen(last_mask, visual.shape[1]) | ~visual).all()):
-        return True
-    if not late:
-        log.warning("the attention mask hides visual keys: the cache is not partitioned and attention stays dense")
-    note_division(Undivided.HIDDEN)
-    return False
-
-
 def _counted(partition: Partition) -> tuple[PromptRow, ...]:
     """What figures need to know of a partition that starts."""
     visual = partition.visual.sum(1).tolist()
     text = [0] * len(visual) if partition.text is None else partition.text.counts
     return tuple(map(PromptRow, visual, text))
+
+
+def _weighs(last_mask: Tensor) -> bool:
+    """Whether an additive mask is more than a choice of keys: a position bias such as ALiBi."""
+    if last_mask.dtype == torch.bool:
+        return False
+    return not bool(((last_mask == 0) | (last_mask <= torch.finfo(last_mask.dtype).min / 2)).all())
 
 
 def _seen(last_mask: Tensor, keys: int) -> Tensor:

@@ -34,6 +34,7 @@ class Undivided(enum.StrEnum):
     NO_VISUAL = "no visual tokens"
     MISFIT = "visual positions do not fit the cache"
     HIDDEN = "the attention mask hides visual keys"
+    BIASED = "the attention mask weighs keys by their place"
     RANGES = "too many ranges of keys in a row"
     TRAINING = "gradients are recorded"
 

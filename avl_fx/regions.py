@@ -33,6 +33,11 @@ _DECODER_SETTINGS: Mapping[str, Any] = {
 }
 
 
+RECOMPILE_LIMIT = 16
+"""At least so many kinds of call under a plan that drops keys. Batches of 1, of another size and of any size, each with
+and without padding, prompts, and steps on a cache that is packed or grows: that is more than Dynamo's eight."""
+
+
 @dataclass(frozen=True)
 class Region:
     """A module that is compiled as one piece."""
@@ -95,6 +100,7 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
             # Past its recompile limit Dynamo runs the frame eagerly and says nothing; under a plan that drops keys
             # that would be a dense layer on a cache without keys.
             settings["fail_on_recompile_limit_hit"] = True
+            settings["recompile_limit"] = RECOMPILE_LIMIT
         _compat.compile_module(region.module, settings, kwargs, _limit_hit)
     _compiled[model] = _Compiled(regions, ModalityHook.install(model), resolved)
     return model
@@ -130,8 +136,9 @@ def _limit_hit() -> CaptureError:
         f"a part of the model was compiled {_compat.recompile_limit()} times, each time for another kind of call, and "
         "would run eagerly now, which a plan that drops keys does not allow",
         field="torch._dynamo.config.recompile_limit",
-        remedy="raise it, or leave out what splits the decoder into one graph a layer (output_attentions, "
-        "output_hidden_states and other hooks); for such calls avl_fx.uncompile(model) first",
+        remedy="raise it where calls differ so much (TORCH_LOGS=recompiles tells how), or leave out what splits the "
+        "decoder into one graph a layer (output_attentions, output_hidden_states and other hooks): for such calls "
+        "avl_fx.uncompile(model) first",
     )
 
 

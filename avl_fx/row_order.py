@@ -36,6 +36,16 @@ class _Memory(NamedTuple):
     stride: tuple[int, ...]
     offset: int
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _loaded, tuple(self)
+
+
+def _loaded(*fields: Any) -> _Memory:
+    """A memory that was pickled with its tensor, perhaps by a process in which another partition was looked for."""
+    global _used
+    _used = True
+    return _Memory(*fields)
+
 
 def remember(tensor: Tensor, partition: Partition, layer: int) -> None:
     """Note that the rows of ``tensor``, keys or values of a dynamic cache, lie as ``layer`` of ``partition`` says."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from avl_fx.compact_calls import CompactCalls
-from avl_fx.dropped_keys import check_stored, mark_buffer, marker
+from avl_fx.dropped_keys import Nans, check_stored, mark_buffer, marker
 from avl_fx.growing import GrowingCache
 from avl_fx.modality import attach, carried, given
 from avl_fx.observe import ObservedGraph
@@ -144,13 +144,14 @@ class CompiledGraph:
         return carried(args[position] for position in self.hidden)
 
     def _mark_dropped(self, outputs: list[Any]) -> None:
+        shared: Nans = {}
         for drop in self.dropped:
             if drop.output is None:
                 continue
             if drop.like_output is None:
                 mark_buffer(outputs[drop.output])
             else:
-                outputs[drop.output] = marker(outputs[drop.like_output], drop.head_dim)
+                outputs[drop.output] = marker(outputs[drop.like_output], drop.head_dim, shared)
 
     def _pass_on(self, args: Sequence[Any], outputs: list[Any], visual: Tensor | None) -> Tensor | None:
         """Let visual positions ride on; returns those of this forward where they are known."""

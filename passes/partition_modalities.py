@@ -54,7 +54,7 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             continue
         if site.kind == "full" and calls[site.layer] > 1:
             # The state of a cache goes by layers, and scores of one call say nothing of another.
-            result.refuse(site, Reason.LAYER_UNKNOWN, f"{calls[site.layer]} calls share its number")
+            _refuse(result, ctx, site, Reason.LAYER_UNKNOWN, f"{calls[site.layer]} calls share its number")
             continue
         # The layers of a compact cache have one layout.
         if not (ctx.plan.reads_less or _in_block(site) or (ctx.compact is not None and site.kind == "full")):
@@ -62,13 +62,13 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         outcome = _understand(gm, ctx, site, by_key, layers)
         if not isinstance(outcome, PartitionedLayer) and outcome[0] is Reason.NO_CACHE:
             if not (ctx.plan.spares_visual_keys and _in_block(site)):  # prompts inherit without a cache, too
-                result.refuse(site, *outcome)
+                _refuse(result, ctx, site, *outcome)
             continue
         if isinstance(outcome, PartitionedLayer):
             layers.append((site, outcome))
             by_key.setdefault(site.node.args[_KEY], site)  # type: ignore[arg-type]
         else:
-            result.refuse(site, *outcome)
+            _refuse(result, ctx, site, *outcome)
     if not layers:
         return result
     # A prompt may be a single token: it continues no cache.
@@ -98,6 +98,12 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     ctx.partition = io
     remove_dead(gm.graph, ctx.initially_unused, keep=ctx.keep())
     return result
+
+
+def _refuse(result: PassResult, ctx: PassContext, site: Site, reason: Reason, detail: str) -> None:
+    if ctx.plan.inherits_scores:
+        site.action = "dense"  # nothing is inherited where it is not known which keys are visual
+    result.refuse(site, reason, detail)
 
 
 def _in_words(plan: Plan) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
-from avl_fx.dropped_keys import check_stored, is_dropped, mark_buffer, marker
+from avl_fx.dropped_keys import Nans, check_stored, is_dropped, mark_buffer, marker
 from avl_fx.errors import CacheStateError
 from avl_fx.passes.context import DroppedKeys
 from avl_fx.record import GraphRecord
@@ -31,10 +31,18 @@ def test_a_marker_has_the_shape_of_keys_and_the_memory_of_one(dtype: torch.dtype
     assert is_dropped(keys)
 
 
-def test_markers_of_one_kind_share_their_element() -> None:
-    first, second = marker(values(), 8), marker(values(length=30), 16)
+def test_markers_of_one_cache_share_their_element() -> None:
+    shared: Nans = {}
+    first, second = marker(values(), 8, shared), marker(values(length=30), 16, shared)
     assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    assert marker(values(torch.bfloat16), 8).dtype == torch.bfloat16
+    assert marker(values(torch.bfloat16), 8, shared).dtype == torch.bfloat16
+
+
+def test_who_wipes_a_cache_wipes_no_marker_of_another() -> None:
+    mine, theirs = marker(values(), 8), marker(values(), 8)
+    mine.zero_()
+    assert theirs.isnan().all()
+    assert marker(values(), 8).isnan().all()
 
 
 def test_a_marker_made_under_inference_mode_can_be_used_outside() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
 import torch
-from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration
+from transformers import DynamicCache, Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration
 
 import avl_fx
-from avl_fx import Plan
+from avl_fx import AVLCache, Plan
+from avl_fx.errors import CacheStateError
 from avl_fx.passes.site import Reason
 from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
 from tests.oracle import avl_oracle
@@ -78,3 +80,40 @@ def test_explain_expects_layers_with_attention(model, inputs):
     assert report.decoder.expected == 2
     assert set(report.decoder.seen.values()) == {(1, 3)}
     assert "layers expected, " not in " ".join(report.advice)
+
+
+@torch.no_grad()
+def fed(model, inputs):
+    """A compact cache of a plan that drops nothing, filled eagerly: what it copies must not depend on a graph."""
+    cache = AVLCache(Plan(), model.config)
+    model(**inputs, past_key_values=cache, use_cache=True)
+    return cache
+
+
+@torch.no_grad()
+def go_on(model, cache, tokens):
+    return model(input_ids=torch.tensor(tokens)[:, None], past_key_values=cache, use_cache=True).logits
+
+
+def test_a_copy_has_states_of_its_own(model, inputs):
+    """Convolutions keep theirs in dictionaries, and write to them in place."""
+    cache = fed(model, inputs)
+    twin = copy.deepcopy(cache)
+    assert torch.equal(go_on(model, cache, [20, 20]), go_on(model, twin, [20, 20]))
+
+
+def test_beams(model, inputs):
+    """Recurrent layers can be reordered, and nothing else."""
+    mine, stock = fed(model, inputs), DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        model(**inputs, past_key_values=stock, use_cache=True)
+    for cache in (mine, stock):
+        cache.reorder_cache(torch.tensor([1, 1]))
+    assert torch.allclose(go_on(model, mine, [20, 21]), go_on(model, stock, [20, 21]), atol=1e-5)
+
+
+def test_what_a_layer_cannot_is_refused_and_leaves_the_cache_as_it_was(model, inputs):
+    cache, plain = fed(model, inputs), fed(model, inputs)
+    with pytest.raises(CacheStateError, match="batch_repeat_interleave"):
+        cache.batch_repeat_interleave(2)
+    assert torch.equal(go_on(model, cache, [20, 21]), go_on(model, plain, [20, 21]))

@@ -1,0 +1,70 @@
+"""Masks that weigh keys by their place (ALiBi): rows that move would be weighed for places where they are not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import avl_fx
+from avl_fx import Plan
+from avl_fx.record import Undivided
+from tests.e2e._doors import FLOAT32_TOLERANCE, largest, through
+from tests.oracle import avl_oracle
+from tests.zoo import ZOO
+from tests.zoo._base import finish, randomise, seeded
+from tests.zoo._run import prefill_and_decode
+from tests.zoo.plain_lvlm import HEADS, KV_HEADS, DecoderLayer, PlainLVLM
+
+ZOO_MODEL = ZOO["plain_lvlm"]
+
+
+class BiasedLayer(DecoderLayer):
+    """Every head looks at what is near, each at its own rate."""
+
+    def attend(self, q, k, v, mask):
+        slopes = 0.5 ** torch.arange(1, HEADS + 1)
+        bias = slopes[:, None, None] * torch.arange(mask.shape[-1])  # up to a constant of the row, as ALiBi has it
+        k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+        bias = bias.masked_fill(~mask, torch.finfo(torch.float32).min)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+class Biased(PlainLVLM):
+    def __init__(self):
+        super().__init__("sdpa")
+        self.layers = torch.nn.ModuleList(BiasedLayer("sdpa") for _ in self.layers)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"text": None}, {"core": 1.0, "secondary": 1.0, "refresh": 1, "text": 0.5, "text_minimum": 2}],
+    ids=["vision", "text"],
+)
+def test_a_position_bias_keeps_attention_dense(cache, settings, caplog):
+    model = seeded(Biased, 0)
+    randomise(model, 0)
+    model = finish(model, torch.float32)
+    inputs = ZOO_MODEL.inputs(model, batch=2)
+    expected = prefill_and_decode(model, inputs, cache, steps=8)
+    plan = Plan.avl(**settings)
+    with through("torch.compile", model, compiler="eager", plan=plan):
+        found = prefill_and_decode(model, inputs, cache, steps=8, tokens=expected.tokens)
+    assert largest(found, expected) <= FLOAT32_TOLERANCE
+    assert f"{Undivided.BIASED}: the cache is not partitioned" in caplog.text
+    report = avl_fx.explain(model, plan, compiler="eager", **inputs)
+    assert Undivided.BIASED in str(report)
+
+
+def test_the_same_model_without_a_bias_is_partitioned():
+    """So that the test above cannot pass for another reason."""
+    model = ZOO_MODEL.make()
+    inputs = ZOO_MODEL.inputs(model, batch=2)
+    visual = ZOO_MODEL.visual_positions(model, inputs)
+    expected = prefill_and_decode(model, inputs, "dynamic", steps=8)
+    settings = {"core": 0.3, "secondary": 0.5, "refresh": 3}
+    with avl_oracle(model, visual, decoder_prefix="layers", text=1.0, **settings):
+        oracle = prefill_and_decode(model, inputs, "dynamic", steps=8, tokens=expected.tokens)
+    with through("torch.compile", model, compiler="eager", plan=Plan.avl(text=None, **settings)):
+        found = prefill_and_decode(model, inputs, "dynamic", steps=8, tokens=expected.tokens)
+    assert largest(found, oracle) <= FLOAT32_TOLERANCE
+    assert largest(oracle, expected) > 10 * FLOAT32_TOLERANCE
