@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, EncoderDecoderCache
 
 import avl_fx
-from avl_fx.dropped_keys import marker
+from avl_fx.dropped_keys import Nans, marker
 from avl_fx.growing import longer, reserve
 from avl_fx.savings import (
     LayerShape,
@@ -133,7 +133,8 @@ def test_each_storage_counts_once():
 
 def test_markers_count_as_one_element():
     values = torch.zeros(2, 3, 50, 16, dtype=torch.bfloat16)
-    keys = [marker(values, 16), marker(values, 16)]
+    shared: Nans = {}
+    keys = [marker(values, 16, shared), marker(values, 16, shared)]
     assert cache_bytes(keys) == 2
     assert dense_cache_bytes(keys) == 2 * values.numel() * 2
 

@@ -46,6 +46,7 @@ MOVES = "tests/kernels/test_partition.py"
 RESELECT, ALIKE = "tests/kernels/test_reselect.py", f"{MOVES} -k laid_out_alike"
 ZONES = "tests/avl_fx/test_zones.py"
 STATE, AVL = "tests/avl_fx/test_partition.py", "tests/e2e/test_avl.py -m 'not matrix'"
+REWOUND = "tests/e2e/test_rewound_static_cache.py"
 OBSERVE, BLOCKS, CALIBRATE = f"{P}observe_attention.py", "tests/avl_fx/test_blocks.py", "tests/avl_fx/test_calibrate.py"
 MODES = "tests/e2e/test_lazy_modes.py -m 'not matrix'"
 SPREAD, SECOND = "tests/passes/test_spread_keys.py", "tests/e2e/test_lazy_modes.py -k second_turn_on_a_compact"
@@ -920,7 +921,20 @@ MUTATIONS: list[Mutation] = [
             "",
             SECOND,
         ),
-        ("start a second turn from nothing", "if before is not None:", "if False:", f"{AVL} -k second_turn"),
+        (
+            "start a second turn from nothing",
+            "        if before is not None:\n",
+            "        if False:\n",
+            f"{AVL} -k second_turn",
+        ),
+        (
+            "weigh rows for places where they are not",
+            "elif moves and _weighs(",
+            "elif False and _weighs(",
+            "tests/e2e/test_position_bias.py",
+        ),
+        ("overwrite rows of other tokens", "if start >= partition.length:", "if True:", REWOUND),
+        ("go on from a prompt that was overwritten", "if length > queries else None", "", f"{REWOUND} -k another"),
     ),
     *_in(
         "avl_fx/reads.py",
