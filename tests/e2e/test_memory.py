@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from avl_fx import Plan, dropped_keys, modality_hook, partition, regions
+from avl_fx import Plan, modality_hook, partition, regions
 from avl_fx.modality import given
 from tests.e2e._doors import through
 from tests.e2e._memory import BATCH, live_state, live_tensors, resident
@@ -38,7 +38,6 @@ def registries():
     return {
         "models": len(regions._compiled),
         "ranges": partition._everything.cache_info().currsize,
-        "markers": len(dropped_keys._NANS),
         "forwards": len(modality_hook._open.get()),
         "given": given() is not None,
     }
