@@ -61,9 +61,9 @@ def test_the_recompile_limit_is_an_error_that_says_what_to_do(monkeypatch):
         return out.sequences
 
     monkeypatch.setattr("avl_fx.regions.RECOMPILE_LIMIT", 2)  # four layers need not reach 16
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)
     expected = answer()
-    with through("avl_fx.compile", model, plan=Plan.avl(text=None), compiler="eager"):
+    limited = torch._dynamo.config.patch(recompile_limit=2)
+    with limited, through("avl_fx.compile", model, plan=Plan.avl(text=None), compiler="eager"):
         with pytest.raises(CaptureError, match=r"recompile_limit: .* compiled 2 times.* Fix: raise it") as caught:
             answer()
         assert "output_attentions" in caught.value.remedy
