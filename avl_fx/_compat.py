@@ -120,19 +120,17 @@ class FrameModules:
 
     def decoder_layers(self) -> int | None:
         """Depth of the language decoder, as the configuration of the outermost module states it."""
-        outermost = self._locals.get("self")
-        if not isinstance(outermost, torch.nn.Module):
-            return None
-        # The frame of a single layer has no configuration of its own, but its attention holds the decoder's.
-        found = (decoder_depth(module) for module in outermost.modules())
-        return next((depth for depth in found if depth is not None), None)
+        return decoder_depth(self._configured())
 
     def without_attention(self) -> frozenset[int]:
         """Layers of the language decoder that do something else, as the same configuration states them."""
+        return without_attention(self._configured())
+
+    def _configured(self) -> torch.nn.Module | None:
         outermost = self.outermost()
+        # The frame of a single layer has no configuration of its own, but its attention holds the decoder's.
         modules = () if outermost is None else outermost.modules()
-        stated = next((module for module in modules if decoder_depth(module) is not None), None)
-        return without_attention(stated)
+        return next((module for module in modules if decoder_depth(module) is not None), None)
 
     def decoder_modules(self) -> frozenset[torch.nn.Module]:
         """Modules of the language decoder, as the outermost module names it; empty when it names none.
@@ -152,18 +150,19 @@ class FrameModules:
 
 def decoder_depth(model: Any) -> int | None:
     """Number of layers of the language decoder, as the model's configuration states it."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
-    layers = getattr(text, "num_hidden_layers", None)
+    layers = getattr(_decoder_config(model), "num_hidden_layers", None)
     return layers if isinstance(layers, int) else None
 
 
 def without_attention(model: Any) -> frozenset[int]:
     """Layers of the language decoder that are convolutions or recurrences (hybrid models), by its configuration."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
-    types = getattr(text, "layer_types", None)
+    types = getattr(_decoder_config(model), "layer_types", None)
     return frozenset(i for i, kind in enumerate(types or ()) if kind in ("conv", "linear_attention", "mamba", "moe"))
+
+
+def _decoder_config(model: Any) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
 
 
 def compile_module(

@@ -95,10 +95,9 @@ class PartitionRuntime:
 
     def _leave(self, partition: Partition, args: Sequence[Any]) -> None:
         """A static buffer is full: what is written next replaces tokens by their place, so all go back to theirs."""
-        cached = [(tensor, layer.scores_from) for layer in self.layers for tensor in (layer.key, layer.value)]
-        for tensor, layer in cached:
-            if tensor is not None and tensor.after is None and tensor.before is not None:
-                _enter_again(args[tensor.before], partition, layer)
+        for cached, layer in self._ordered():
+            if cached.after is None and cached.before is not None:
+                _enter_again(args[cached.before], partition, layer)
 
     def _model(self, args: Sequence[Any]) -> uuid.UUID | None:
         """The name of the model that calls; ``None`` where its weights are no inputs."""
@@ -419,13 +418,17 @@ class PartitionRuntime:
         """The layers that decide which keys matter."""
         return [layer.layer for layer in self.layers if layer.decides]
 
+    def _ordered(self) -> list[tuple[CachedTensor, int]]:
+        """Keys and values, each with the layer that decides their order."""
+        return [(c, layer.scores_from) for layer in self.layers for c in (layer.key, layer.value) if c is not None]
+
     def _cached(self) -> list[CachedTensor]:
-        return [c for layer in self.layers for c in (layer.key, layer.value) if c is not None]
+        return [cached for cached, _ in self._ordered()]
 
     def _dynamic(self, args: Sequence[Any], outputs: Sequence[Any]) -> list[tuple[Tensor, int]]:
         """Keys and values of dynamic caches after a call, each with the layer that decides their order."""
-        tensors = ((c, layer.scores_from) for layer in self.layers for c in (layer.key, layer.value) if c is not None)
-        return [(self._after(args, outputs, cached), layer) for cached, layer in tensors if cached.after is not None]
+        ordered = self._ordered()
+        return [(self._after(args, outputs, cached), layer) for cached, layer in ordered if cached.after is not None]
 
     @staticmethod
     def _after(args: Sequence[Any], outputs: Sequence[Any], tensor: CachedTensor) -> Tensor:

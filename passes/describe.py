@@ -14,14 +14,13 @@ from torch import fx
 
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.nodes import (
-    METADATA_OPS,
     alias_root,
     arg,
     fake,
     mutated_input,
     op,
     shape,
-    views_of,
+    with_views,
     writes_to,
 )
 from avl_fx.passes.site import Site
@@ -173,28 +172,14 @@ def _cache_kind(key: fx.Node) -> str:
 
 def _copied_to_buffer(root: fx.Node) -> bool:
     """Whether ``root`` or a view of it is written into a buffer: a static window that a long prompt overfills."""
-    pending, seen = [root], {root}
-    while pending:
-        node = pending.pop()
-        if any(mutated_input(user) is not None and mutated_input(user) not in seen for user in node.users):
-            return True
-        views = [user for user in views_of(node) if user not in seen]
-        seen.update(views)
-        pending += views
-    return False
+    own = with_views(root)
+    written = (mutated_input(user) for view in own for user in view.users)
+    return any(target is not None and target not in own for target in written)
 
 
 def reaches_output(node: fx.Node) -> bool:
     """Whether ``node`` or a view of it is returned by the graph."""
-    pending, seen = [node], {node}
-    while pending:
-        node = pending.pop()
-        if any(user.op == "output" for user in node.users):
-            return True
-        views = [user for user in views_of(node) if op(user) not in METADATA_OPS and user not in seen]
-        seen.update(views)
-        pending += views
-    return False
+    return any(user.op == "output" for view in with_views(node) for user in view.users)
 
 
 def _role(site: Site, module: torch.nn.Module | None, anchor: fx.Node, ctx: PassContext) -> str:

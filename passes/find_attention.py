@@ -134,14 +134,16 @@ def _canonicalise(
     readings = [(query, first), (key, first), (value, anchor), (mask_source, first)]
     pairs = ((key, plain_key), (value, plain_value))
     readings += [(plain, _first_copy(node, plain)) for node, plain in pairs if plain is not node]
+    # Of a node that was inserted the model has the inputs.
+    kept = {query, mask_source, *(n for plain in (plain_key, plain_value) for n in (plain, *plain.all_input_nodes))}
+    refusal = None
     if any(tensor is not None and written_between(tensor, since, anchor) for tensor, since in readings):
+        refusal = Reason.MUTATION, ""
+    elif any(map(loses_gradient, _replaced(anchor, kept))):
+        refusal = Reason.GRADIENT, "part of it runs under no_grad"
+    if refusal is not None:
         describe_site(site, anchor, query, key, value, ctx)
-        result.refuse(site, Reason.MUTATION)
-        return
-    kept = {query, plain_key, plain_value, mask_source}
-    if any(map(loses_gradient, _replaced(anchor, kept))):
-        describe_site(site, anchor, query, key, value, ctx)
-        result.refuse(site, Reason.GRADIENT, "part of it runs under no_grad")
+        result.refuse(site, *refusal)
         return
     if shape(plain_key)[1] == shape(plain_value)[1]:  # type: ignore[index]
         site.unrepeated = plain_key is not key

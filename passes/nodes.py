@@ -37,8 +37,8 @@ __all__ = [
     "same_size",
     "shape",
     "tensor_inputs",
-    "views_of",
     "where_args",
+    "with_views",
     "writes_to",
     "written_between",
 ]
@@ -299,9 +299,18 @@ def mutations(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return [n for n in nodes if mutated_input(n) is not None]
 
 
-def views_of(node: fx.Node) -> Iterator[fx.Node]:
-    """Users of ``node`` that may be views of it."""
+def _views(node: fx.Node) -> Iterator[fx.Node]:
     return (user for user in node.users if op(user) in VIEW_OPS and arg(user, 0, "input") is node)
+
+
+def with_views(node: fx.Node) -> dict[fx.Node, None]:
+    """``node``, its views and theirs, in the order in which they are found."""
+    found, pending = {node: None}, [node]
+    while pending:
+        new = [view for view in _views(pending.pop()) if view not in found]
+        found.update(dict.fromkeys(new))
+        pending += new
+    return found
 
 
 def alias_root(node: fx.Node) -> fx.Node:
@@ -323,7 +332,7 @@ def aliases(root: fx.Node) -> list[fx.Node]:
     while pending:
         current = pending.pop()
         written = (user for user in current.users if current in mutated_inputs(user))
-        for user in (*views_of(current), *written):
+        for user in (*_views(current), *written):
             if user not in seen:
                 seen.add(user)
                 found.append(user)

@@ -20,9 +20,8 @@ from tests.e2e._doors import DOORS, FLOAT32_TOLERANCE, decoder_graphs, decoder_s
 from tests.e2e.test_identity import FRAGMENTED
 from tests.oracle import avl_oracle
 from tests.zoo import ZOO
-from tests.zoo._base import finish, randomise, seeded
 from tests.zoo._run import on, prefill_and_decode
-from tests.zoo.plain_lvlm import PlainLVLM
+from tests.zoo.plain_lvlm import PlainLVLM, make
 
 STEPS = 24
 PRESETS = {
@@ -299,8 +298,8 @@ def test_a_full_static_buffer_has_its_rows_where_they_entered():
 class Recurrent(PlainLVLM):
     """Two layers that run twice each: four calls, four caches, two numbers."""
 
-    def __init__(self):
-        super().__init__("sdpa")
+    def __init__(self, style):
+        super().__init__(style)
         self.base = torch.nn.ModuleList(list(self._modules.pop("layers"))[:2])
 
     @property
@@ -310,9 +309,7 @@ class Recurrent(PlainLVLM):
 
 def test_calls_that_share_a_layer_are_dense():
     """Scores of one call say nothing of another's cache."""
-    model = seeded(Recurrent, 0)
-    randomise(model, 0)
-    model = finish(model, torch.float32)
+    model = make(construct=Recurrent)
     inputs = ZOO["plain_lvlm"].inputs(model, batch=1)
     expected = prefill_and_decode(model, inputs, "dynamic", steps=6)
     with through("torch.compile", model, compiler="eager", plan=Plan.avl(0.1, 0.2, 0, text=None)) as recorder:

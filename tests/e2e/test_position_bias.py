@@ -10,9 +10,8 @@ from avl_fx.record import Undivided
 from tests.e2e._doors import FLOAT32_TOLERANCE, largest, through
 from tests.oracle import avl_oracle
 from tests.zoo import ZOO
-from tests.zoo._base import finish, randomise, seeded
 from tests.zoo._run import prefill_and_decode
-from tests.zoo.plain_lvlm import HEADS, KV_HEADS, DecoderLayer, PlainLVLM
+from tests.zoo.plain_lvlm import HEADS, KV_HEADS, DecoderLayer, PlainLVLM, make
 
 ZOO_MODEL = ZOO["plain_lvlm"]
 
@@ -29,9 +28,9 @@ class BiasedLayer(DecoderLayer):
 
 
 class Biased(PlainLVLM):
-    def __init__(self):
-        super().__init__("sdpa")
-        self.layers = torch.nn.ModuleList(BiasedLayer("sdpa") for _ in self.layers)
+    def __init__(self, style):
+        super().__init__(style)
+        self.layers = torch.nn.ModuleList(BiasedLayer(style) for _ in self.layers)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -41,9 +40,7 @@ class Biased(PlainLVLM):
     ids=["vision", "text"],
 )
 def test_a_position_bias_keeps_attention_dense(cache, settings, caplog):
-    model = seeded(Biased, 0)
-    randomise(model, 0)
-    model = finish(model, torch.float32)
+    model = make(construct=Biased)
     inputs = ZOO_MODEL.inputs(model, batch=2)
     expected = prefill_and_decode(model, inputs, cache, steps=8)
     plan = Plan.avl(**settings)

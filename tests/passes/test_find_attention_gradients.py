@@ -61,6 +61,13 @@ def prepared_without(query, key, value):
     return F.scaled_dot_product_attention(query * turn, key * turn, value)
 
 
+def scaled_without(query, key, value):
+    """Upstream of what the site reads: keys that come in columns have no transpose to look through."""
+    with torch.no_grad():
+        scale = key.abs().mean()
+    return torch.softmax(query @ (key.reshape(2, 4, 8, 5) / scale), dim=-1) @ value
+
+
 def gradients(outputs: Any, inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
     weight = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(3))
     return list(torch.autograd.grad((outputs * weight).sum(), inputs, allow_unused=True))
@@ -69,7 +76,9 @@ def gradients(outputs: Any, inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
 REFUSED = (weights_without, logits_without, transposed_without, repeated_without, filled)
 
 
-@pytest.mark.parametrize("function", [*REFUSED, whole, hidden, prepared_without], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [*REFUSED, whole, hidden, prepared_without, scaled_without], ids=lambda f: f.__name__
+)
 def test_gradients_are_those_of_eager(function: Callable[..., Tensor]) -> None:
     inputs = tuple(x.requires_grad_() for x in qkv())
     rewritten = rewrite(function, *inputs, aot=True)

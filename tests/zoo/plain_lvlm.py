@@ -164,8 +164,8 @@ class PlainLVLM(nn.Module):
         return logits, torch.stack(tokens, 1), kept
 
 
-def make(attn_implementation="sdpa", dtype=torch.float32, seed=0):
-    model = seeded(lambda: PlainLVLM(attn_implementation), seed)
+def make(attn_implementation="sdpa", dtype=torch.float32, seed=0, construct=PlainLVLM):
+    model = seeded(lambda: construct(attn_implementation), seed)
     randomise(model, seed)
     silence_special_tokens(model.lm_head.weight)
     return finish(model, dtype)
