@@ -22,6 +22,7 @@ from torch._dynamo.source import LocalSource
 from torch._dynamo.utils import counters
 from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx
+from torch.utils import _pytree as pytree
 
 __all__ = [
     "BackendErrorBase",
@@ -170,8 +171,11 @@ def compile_module(
     settings: Mapping[str, Any],
     kwargs: Mapping[str, Any],
     limit_hit: Callable[[], Exception],
+    any_length: bool = False,
 ) -> None:
     """``module.compile(**kwargs)`` with Dynamo settings that hold around its calls and nowhere else.
+
+    ``any_length``: the length of a prompt is left open in its graph, from the first prompt on.
 
     ``recompile_limit`` among the settings is the least one: users may raise theirs. ``limit_hit`` makes what is raised
     where the settings forbid to run eagerly past it.
@@ -182,6 +186,8 @@ def compile_module(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         limit = max(settings.get("recompile_limit", 0), dynamo_config.recompile_limit)
+        if any_length:
+            _leave_length_open(args, kwargs)
         with dynamo_config.patch({**settings, "recompile_limit": limit}):
             try:
                 return compiled(*args, **kwargs)
@@ -189,6 +195,25 @@ def compile_module(
                 raise limit_hit() from error
 
     module._compiled_call_impl = call if settings else compiled
+
+
+def _leave_length_open(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Mark the sequence dimension of everything that a decoder takes for a prompt."""
+    tensors = [leaf for leaf in pytree.tree_leaves((list(args), dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+    hidden = [t for t in tensors if t.dim() == 3 and t.is_floating_point()]
+    ids = [t for t in tensors if t.dim() == 2 and not t.is_floating_point()]
+    length = (hidden or ids)[0].shape[1] if hidden or ids else 1
+    if length == 1:
+        return
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dim() == 3:
+            sequence = [1] if tensor.shape[1] == length else []
+        elif tensor.is_floating_point() and tensor.dim() != 4:
+            sequence = []  # features: no sequence
+        else:
+            sequence = [dim for dim, size in enumerate(tensor.shape) if size == length and (dim or tensor.dim() == 1)]
+        for dim in sequence:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def uncompile_module(module: torch.nn.Module) -> None:

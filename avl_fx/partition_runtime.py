@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from avl_fx.errors import CacheStateError
 from avl_fx.growing import COMPACT_SPARE_ROWS, room, shorter
+from avl_fx.kernels.last_mask import seen_keys, weighs_keys
 from avl_fx.kernels.partition import partition_, partition_layers_
 from avl_fx.modality import given, given_keys
 from avl_fx.moves import Moves
@@ -54,12 +55,14 @@ class PartitionRuntime:
     """Outputs beyond the model's own: the scores of each layer that is scored, then as the next two say."""
     has_positions: bool
     has_last_mask: bool
+    keep: float | None
+    """Share of the visual tokens that a prompt may keep on its way; ``None``: all of them."""
     weight: int | None
     """Input with a weight of the model; one compiled graph may serve several models."""
 
     @classmethod
-    def of(cls, plan: Plan, io: PartitionIO) -> PartitionRuntime:
-        """The runtime of a graph that meets it as ``io`` says."""
+    def of(cls, plan: Plan, io: PartitionIO, keep: float | None = None) -> PartitionRuntime:
+        """The runtime of a graph that meets it as ``io`` says, and drops visual tokens but for a share ``keep``."""
         return cls(
             plan.vision_policy or EVERYTHING,
             plan.text_window,
@@ -69,6 +72,7 @@ class PartitionRuntime:
             len(io.returned()),
             io.positions is not None,
             io.last_mask is not None,
+            keep,
             io.weight,
         )
 
@@ -111,6 +115,12 @@ class PartitionRuntime:
         if partition is None:
             return everything(first, weigh=given() is not None)
         return partition.segments, everything(first, weigh=partition.weighs)[1]
+
+    def may_drop(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Whether a prompt may drop tokens on its way, int32 ``[1]``: where its cache will be partitioned."""
+        learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+        device = next(x.device for x in args if isinstance(x, Tensor) and x.is_floating_point())
+        return (torch.tensor([int(not learns)], dtype=torch.int32, device=device),)
 
     def tokens(self, args: Sequence[Any], partition: Partition | None) -> int | None:
         """Tokens in the cache before this call; ``None`` where only the graph knows."""
@@ -170,6 +180,13 @@ class PartitionRuntime:
                     partition = None
                 else:
                     partition = self._start(seen, last_mask, before, args, outputs, keys, scores)
+                    if partition is None and self._dropped(seen):
+                        raise CacheStateError(
+                            "the prompt dropped visual tokens on its way (plan section 'prefill'), and then its cache "
+                            "could not be partitioned: its visual tokens lie in too many pieces",
+                            field="past_key_values",
+                            remedy="leave 'prefill' out of the plan for such prompts, and use a fresh cache",
+                        )
             if partition is None and before is not None:
                 if before.stored is not None:
                     raise CacheStateError(
@@ -200,7 +217,7 @@ class PartitionRuntime:
         found = None
         if not bool((_seen(last_mask, visual.shape[1]) | ~visual).all()):
             found = Undivided.HIDDEN
-        elif moves and _weighs(last_mask[..., : visual.shape[1]]):
+        elif moves and weighs_keys(last_mask, visual.shape[1]):
             found = Undivided.BIASED
         if found is None:
             return True
@@ -208,6 +225,10 @@ class PartitionRuntime:
             log.warning("%s: the cache is not partitioned and attention stays dense", found)
         note_division(found)
         return False
+
+    def _dropped(self, visual: Tensor) -> bool:
+        """Whether the graph dropped any of the keys ``visual`` bool ``[batch, keys]`` on the way."""
+        return self.keep is not None and any(n > int(self.keep * n) for n in visual.sum(1).tolist())
 
     def _queries(self, args: Sequence[Any], length: int) -> int | None:
         """How many of the ``length`` keys of a dynamic cache are this forward's; ``None`` for a static cache."""
@@ -482,14 +503,6 @@ def _counted(partition: Partition) -> tuple[PromptRow, ...]:
     return tuple(map(PromptRow, visual, text))
 
 
-def _weighs(last_mask: Tensor) -> bool:
-    """Whether an additive mask is more than a choice of keys: a position bias such as ALiBi."""
-    if last_mask.dtype == torch.bool:
-        return False
-    return not bool(((last_mask == 0) | (last_mask <= torch.finfo(last_mask.dtype).min / 2)).all())
-
-
 def _seen(last_mask: Tensor, keys: int) -> Tensor:
-    """bool ``[batch or 1, keys]``: what the last query sees, through all heads."""
-    seen = last_mask if last_mask.dtype == torch.bool else last_mask > torch.finfo(last_mask.dtype).min / 2
-    return seen.all(1)[:, :keys].cpu()
+    """bool ``[batch or 1, keys]`` on the CPU: what the last query sees, through all heads."""
+    return seen_keys(last_mask, keys).cpu()

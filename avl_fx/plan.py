@@ -26,6 +26,7 @@ EXECUTED: Mapping[str, frozenset[str] | None] = {
     "lazy": frozenset({"gla", "vla", "vla_scores"}),
     "vision": None,
     "text": None,
+    "prefill": None,
 }
 """What this version executes besides identity plans: section -> its modes (``None``: the whole section).
 
@@ -234,6 +235,11 @@ class Plan(FrozenModel):
         return self.text_window is not None or not (self.vision_policy is None or self.vision_policy.is_identity)
 
     @property
+    def filters_prompts(self) -> bool:
+        """Whether a prompt drops visual tokens on the way: a section ``prefill`` says so."""
+        return self.prefill_policy is not None and not self.prefill_policy.is_identity
+
+    @property
     def inherits_scores(self) -> bool:
         """Whether lazy layers inherit logits against visual keys: mode ``vla_scores``."""
         policy = self.lazy_policy
@@ -294,7 +300,7 @@ class Plan(FrozenModel):
         """Check that this version of avl_fx executes the plan (table `EXECUTED`).
 
         Raises:
-            UnsupportedPlanError: names the first section that it does not.
+            UnsupportedPlanError: names the first section that it does not, or the one that another forbids.
         """
         able = ", ".join(
             name if modes is None else f"{name} (mode {' or '.join(sorted(modes))})" for name, modes in EXECUTED.items()
@@ -312,6 +318,28 @@ class Plan(FrozenModel):
                 field=field,
                 remedy=remedy,
             )
+        if self.filters_prompts:
+            self._check_filter()
+
+    def _check_filter(self) -> None:
+        """What is dropped behind one layer has no keys in later ones: no step may read it there."""
+        after, keep = self.prefill_policy.after_layer, self.prefill_policy.keep  # type: ignore[union-attr]
+        if self.vision_policy is None:
+            raise UnsupportedPlanError(
+                "dropped visual tokens have no keys in later layers, so decode steps may not read them, and nothing "
+                "says which ones they read",
+                field="prefill",
+                remedy=f"add a section 'vision' with secondary <= {keep:g}",
+            )
+        for index, (first, last) in enumerate(self.lazy_policy.blocks if self.lazy_policy else ()):
+            if first <= after < last:
+                before = f" or {first - 1}" if first else ""
+                raise UnsupportedPlanError(
+                    f"the lazy layers behind layer {after} would read keys that their anchor, layer {first}, has and "
+                    f"they have not (lazy.blocks[{index}] = ({first}, {last}))",
+                    field="prefill.after_layer",
+                    remedy=f"filter after layer {last}{before}, or end the block at {after}",
+                )
 
     # ---- files ---------------------------------------------------------------------------------------------------
 

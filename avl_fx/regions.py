@@ -101,7 +101,8 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
             # that would be a dense layer on a cache without keys.
             settings["fail_on_recompile_limit_hit"] = True
             settings["recompile_limit"] = RECOMPILE_LIMIT
-        _compat.compile_module(region.module, settings, kwargs, _limit_hit)
+        any_length = resolved.filters_prompts and region.role != "vision"
+        _compat.compile_module(region.module, settings, kwargs, _limit_hit, any_length)
     _compiled[model] = _Compiled(regions, ModalityHook.install(model), resolved)
     return model
 

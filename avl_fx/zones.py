@@ -41,7 +41,7 @@ def spread_out(scores: Tensor, secondary: Tensor, spread: float, order: Tensor) 
     ``order`` of what is left. Equal scores go to the earlier row.
 
     Args:
-        scores: ``[layers, B, G, N]``; ``-inf`` where there is no row.
+        scores: ``[layers, B, G, N]``; ``-inf`` where there is no row, below 0 where nothing may be spread.
         secondary: int64 ``[B]``: how many.
         spread: share of secondary that is not chosen by its scores.
         order: int64, the shape of ``scores``: `spread_order`.
@@ -49,7 +49,7 @@ def spread_out(scores: Tensor, secondary: Tensor, spread: float, order: Tensor) 
     secondary = secondary[:, None, None]
     chosen = secondary - (secondary.double() * spread).long()
     best = _ranks(scores, descending=True) < chosen
-    order = order.masked_fill(scores == -torch.inf, _MASK + 1).masked_fill(best, -1)
+    order = order.masked_fill(scores < 0, _MASK + 1).masked_fill(best, -1)
     return scores.masked_fill(_ranks(order) >= secondary, -torch.inf)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,6 +23,7 @@ __all__ = [
     "PartitionIO",
     "PartitionedLayer",
     "PassContext",
+    "PromptFilter",
     "StoredTensor",
     "VisualInputs",
     "VisualSource",
@@ -192,6 +194,17 @@ class PartitionIO:
         return [n for n in (*weights, self.positions, self.last_mask) if n is not None]
 
 
+@dataclass(frozen=True)
+class PromptFilter:
+    """How a graph that drops visual tokens on the way and the runtime meet."""
+
+    may_drop: fx.Node
+    """An input of the graph, int32 ``[1]``: whether it may."""
+    keep: float
+    left: Any
+    """The symbol of how many positions are left."""
+
+
 @dataclass
 class ObservedLayer:
     """One decoder layer whose last attention row a graph returns."""
@@ -255,6 +268,7 @@ class PassContext:
     partition: PartitionIO | None = None
     ranges: KeyRanges | None = None
     visual_inputs: VisualInputs | None = None
+    prompt_filter: PromptFilter | None = None
     spare_rows: bool = True
     """Whether rows may be stored behind the end of an input; not where inputs are copied first (CUDA graphs)."""
     growing: list[GrowingTensor] = field(default_factory=list)

@@ -9,6 +9,7 @@ from torch import fx
 
 from avl_fx.passes.append_in_place import append_in_place
 from avl_fx.passes.context import PassContext
+from avl_fx.passes.filter_prompt import filter_prompt
 from avl_fx.passes.find_attention import find_attention
 from avl_fx.passes.finish_outputs import finish_outputs
 from avl_fx.passes.inherit_scores import inherit_scores
@@ -41,6 +42,7 @@ STAGES: tuple[Pass, ...] = (
     append_in_place,  # a growing cache is not copied at each step
     read_once,  # what else a decode step attends to on a CPU, one pass over its keys
     inherit_scores,  # lazy layers take their anchor's logits: decode steps read no keys, or none that are visual
+    filter_prompt,  # behind one layer a prompt runs on the visual tokens that matter
     lower,  # canonical nodes -> operators Inductor knows
     narrow_linears,  # linear layers on a few rows read their weight once
     finish_outputs,  # outputs as the runtime expects them

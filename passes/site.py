@@ -53,6 +53,12 @@ class Reason(enum.StrEnum):
     COMPACT_ROWS = "its compact cache is read by more than attention"
     KEYS_ESCAPE = "its keys leave the graph in a way that is not a cache"
     VISUAL_UNKNOWN = "which positions are visual is not known"
+    FILTER_CACHE = "its cache keeps every token, as an AVLCache does not"
+    FILTER_LATER = "its cache holds tokens already"
+    FILTER_LENGTH = "the length of the prompt is a constant of the graph"
+    FILTER_LAYERS = "layers behind the filter would need what it drops"
+    FILTER_STREAM = "no single hidden state leads to the layers behind the filter"
+    FILTER_GRAPH = "what stands behind the filter cannot run on fewer tokens"
     NEW_ROWS = "where its new keys enter the cache is not understood"
 
 

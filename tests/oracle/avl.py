@@ -20,6 +20,12 @@ minimum)`, where n counts all of it so far. Each row a that scores adds `a_j - q
 each kept text key j, the quantile over those keys (`decay="none"`: adds a_j). Beyond the budget the newest
 `budget // 2` stay and, of the rest, the best `budget - budget // 2` by score. What leaves never comes back.
 
+*Prefill filter* (`prefill` < 1): in a prompt that starts a cache, the row that scores layer `after` also ranks the
+visual tokens of each batch row, by its mean over the heads. All but the `int(prefill * N)` best of N are dropped, equal
+scores going to the earlier token; the last position never is. To every later layer they are gone, in this prompt and
+for good: no row attends to them, none of theirs is a row, and they are neither core nor secondary. What a dropped token
+itself would see does not matter to anybody, so it is left as it falls.
+
 *Compact*: a later turn attends densely to what was not dropped: minor and evicted text are gone for good, and shares
 are still of all visual keys ever fed.
 
@@ -85,9 +91,13 @@ class AvlOracle:
     kinds: Sequence[str] = ()
     compact: bool = False
     spread: float = 0.0
+    prefill: float = 1.0
+    after: int = 2
 
     def __post_init__(self) -> None:
         self.layers: dict[int, LayerState] = {}
+        self.dropped: Tensor | None = None
+        """[B, prompt]: visual tokens that the layers behind `after` do not have"""
         self._masks: dict[int, Tensor | None] = {}  # layer -> that of its latest attention
         self.held = 0
         """Keys that the cache holds though nothing is known of them."""
@@ -119,12 +129,21 @@ class AvlOracle:
             weights = self._weights(layer, q, k, self._masks[anchor], scale, causal)
         elif q.shape[2] > 1 or state is None:
             seen = mask
+            visible = _visible(mask, q.shape[0], q.shape[2], k.shape[2], causal)
+            filtered = self.prefill < 1 and state is None and q.shape[2] > 1
             if self.compact and state is not None:
                 self._grow(state, k.shape[2])
                 seen = self._hide(state.gone, q, mask)
+            elif filtered and layer > self.after:
+                assert self.dropped is not None
+                if causal and mask is None:
+                    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()[None, None]
+                seen = self._hide(self.dropped[:, None], q, mask)
+                visible = visible & ~self.dropped
             weights = self._weights(layer, q, k, seen, scale, causal)
-            visible = _visible(mask, q.shape[0], q.shape[2], k.shape[2], causal)
             self._start(layer, weights, visible, group, state)
+            if filtered and layer == self.after:
+                self._filter(weights, visible)
         else:
             weights = self._step(state, layer, q, k, mask, scale, group)
         return weighted(weights, v)
@@ -138,6 +157,17 @@ class AvlOracle:
         return self.lazy.weights(layer, q, k, mask, scale, causal)
 
     # --- several queries ---
+
+    def _filter(self, weights: Tensor, visible: Tensor) -> None:
+        batch, _, queries, keys = weights.shape
+        self.dropped = torch.zeros(batch, keys, dtype=torch.bool)
+        for b in range(batch):
+            rows = visible[b].nonzero().flatten().tolist()[-self.window :]
+            score = weights[b, :, rows].mean(1).mean(0)
+            images = [j for j in range(keys) if j < self.visual.shape[1] and self.visual[b, j]]
+            lost = len(images) - int(self.prefill * len(images))
+            worst = sorted((j for j in images if j < queries - 1), key=lambda j: (float(score[j]), -j))[:lost]
+            self.dropped[b, worst] = True
 
     def _start(self, layer: int, weights: Tensor, visible: Tensor, group: int, state: LayerState | None) -> None:
         batch, heads, queries, keys = weights.shape
@@ -161,9 +191,11 @@ class AvlOracle:
         if self.compact and state is not None:
             gone = state.gone
         there = visual[:, None] & ~gone
+        if self.prefill < 1 and state is None and layer > self.after and queries > 1:
+            there &= ~self.dropped[:, None]
         secondary = self._best(score, there, visual, self.secondary)
         if self.spread:
-            secondary = self._spread(layer, score, there, secondary)
+            secondary = self._spread(layer, score, visual[:, None] & ~gone, there, secondary)
         self.layers[layer] = LayerState(
             step=0,
             visual=visual,
@@ -213,7 +245,7 @@ class AvlOracle:
                 chosen[b, g, candidates[order[:count]]] = True
         return chosen
 
-    def _spread(self, layer: int, score: Tensor, there: Tensor, secondary: Tensor) -> Tensor:
+    def _spread(self, layer: int, score: Tensor, counted: Tensor, there: Tensor, secondary: Tensor) -> Tensor:
         """`secondary`, the last of which give way to keys that are spread evenly."""
         chosen = torch.zeros_like(secondary)
         for b in range(score.shape[0]):
@@ -223,7 +255,8 @@ class AvlOracle:
                 count = int(self.spread * size)
                 best = sorted(candidates, key=lambda j: -float(score[b, g, j]))[: size - count]
                 offset = layer * 3242174889 + g * 2447445414
-                turn = {j: (i * 2654435769 + offset) % 2**32 for i, j in enumerate(candidates, start=1)}
+                numbered = enumerate(counted[b, g].nonzero().flatten().tolist(), start=1)
+                turn = {j: (i * 2654435769 + offset) % 2**32 for i, j in numbered}
                 others = sorted((j for j in candidates if j not in best), key=turn.__getitem__)
                 chosen[b, g, best + others[:count]] = True
         return chosen

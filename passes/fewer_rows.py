@@ -1,0 +1,283 @@
+"""Runs a part of a graph on fewer positions of the sequence than the rest.
+
+A graph that was captured for any length writes that length as one symbol. Everything that depends on one hidden state
+is a function of it, so the same nodes serve any other length: what flows in from elsewhere is taken at the positions
+that are left, the symbol gives way to their number, and what flows out is put back where it belongs. Each node is run
+again on fake tensors; one that does not come out as before, but for the length, stops it all, and the graph is as it
+was.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
+from torch.utils import _pytree as pytree
+
+from avl_fx.passes.nodes import fake, mutated_inputs, op, shape
+from avl_fx.passes.rewrite import insert_call
+
+__all__ = ["CannotShorten", "FewerRows"]
+
+_READS_POSITIONS = frozenset({"attention", "visual_scores"})
+"""Reduce over the sequence, and mean it."""
+
+_READS_NOTHING = frozenset({"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"})
+"""Take the dtype and the device of a tensor."""
+
+
+class CannotShorten(Exception):
+    """Why a part of a graph cannot run on fewer positions; its text goes into a report."""
+
+
+class FewerRows:
+    """Rewrites everything that depends on ``cut`` to run on ``rows``; nothing happens before `commit`.
+
+    Args:
+        cut: the hidden state ``[batch, tokens, ...]``.
+        rows: int64 ``[batch, left]``, ascending positions that are left, made before anything that depends on ``cut``.
+
+    Raises:
+        CannotShorten: see there. Nodes that were inserted meanwhile are gone.
+    """
+
+    def __init__(self, cut: fx.Node, rows: fx.Node) -> None:
+        self.graph, self.cut, self.rows = cut.graph, cut, rows
+        batch, tokens, *_ = shape(cut) or ()
+        if isinstance(tokens, int):
+            raise CannotShorten("the length is a constant")
+        self.batch, self.tokens = batch, tokens.node.expr
+        self.alone = isinstance(batch, int) and batch == 1
+        """One batch row: no row has to be filled up."""
+        self.left = (shape(rows) or ())[1]
+        self.tail = 1
+        """The last so many positions are read by their place."""
+        self._inserted: list[fx.Node] = []
+        self._taken: dict[fx.Node, fx.Node] = {}
+        self._values: dict[fx.Node, Any] = {}
+        self._arguments: dict[fx.Node, tuple[Any, Any]] = {}
+        try:
+            for node in _depending(cut):
+                self._rerun(node)
+        except BaseException:
+            self.roll_back()
+            raise
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """What runs on fewer positions, in order."""
+        return tuple(self._values)
+
+    def roll_back(self) -> None:
+        """Take out what was inserted."""
+        for node in reversed(self._inserted):
+            self.graph.erase_node(node)
+        self._inserted.clear()
+
+    def dims_of(self, node: fx.Node) -> list[int]:
+        """The dimensions of ``node`` that are the sequence.
+
+        Raises:
+            CannotShorten: one of them is computed from its length.
+        """
+        return self._dims(node, self.tokens) + self._dims(node, self.left.node.expr)
+
+    def depends(self, node: Any) -> bool:
+        """Whether ``node`` runs on fewer positions."""
+        return node in self._values
+
+    def commit(self) -> None:
+        """Let the nodes run on fewer positions."""
+        for node, value in self._values.items():
+            node.args, node.kwargs = self._arguments[node]
+            node.meta["example_value"] = value
+
+    def put_back(self, node: fx.Node, before: fx.Node, fill: float) -> fx.Node:
+        """After `commit`: ``node`` among all positions, ``fill`` at those that are not left; inserted before ``before``.
+
+        It has the sequence in one dimension.
+        """
+        dims = self.dims_of(node)
+        tokens = insert_call(before, "size", self.cut, 1)
+        sizes = [tokens if d in dims else self._size(node, d, before) for d in range(fake(node).dim())]
+        whole = insert_call(before, "new_full", node, tuple(sizes), fill)
+        if self.alone:
+            return insert_call(before, torch.index_copy, whole, dims[0], self._row(before), node)
+        return insert_call(before, torch.scatter, whole, dims[0], self._index(node, dims[0], before), node)
+
+    # ---- one node after the other ----------------------------------------------------------------------------------
+
+    def _rerun(self, node: fx.Node) -> None:
+        if node.op not in ("call_function", "call_method"):
+            raise CannotShorten(f"{node.name} is a {node.op}")
+        if any(target not in self._values for target in mutated_inputs(node)):
+            raise CannotShorten(f"{node.name} writes to what it did not make")
+        old = fake(node)
+        if any(free_unbacked_symbols(value) for value in _sized(old)):
+            raise CannotShorten(f"the size of {node.name} depends on data")
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self._source(source, node))
+        values = fx.node.map_arg((args, kwargs), lambda source: self._values.get(source, fake(source)))
+        mode = fake(self.cut).fake_mode
+        try:
+            with mode:
+                if node.op == "call_method":
+                    new = getattr(values[0][0], str(node.target))(*values[0][1:], **values[1])
+                else:
+                    new = node.target(*values[0], **values[1])  # type: ignore[operator]
+        except Exception as error:
+            raise CannotShorten(f"{node.name}: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        self._compare(node, old, new)
+        self._watch_the_end(node, old)
+        self._values[node] = new
+        self._arguments[node] = (args, kwargs)
+
+    def _compare(self, node: fx.Node, old: Any, new: Any) -> None:
+        """Whether ``new`` is ``old`` with another length."""
+        before, after = (pytree.tree_flatten(value) for value in (old, new))
+        same = before[1] == after[1]
+        for left, right in zip(before[0], after[0], strict=False) if same else ():
+            if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+                same &= left.dtype == right.dtype and left.dim() == right.dim()
+                same = same and all(map(self._same_size, left.shape, right.shape))
+            elif isinstance(left, int | torch.SymInt) and not isinstance(left, bool):
+                same &= isinstance(right, int | torch.SymInt) and self._same_size(left, right)
+            else:
+                same &= type(left) is type(right)
+        if not same:
+            raise CannotShorten(f"{node.name} comes out otherwise on fewer tokens")
+
+    def _same_size(self, old: Any, new: Any) -> bool:
+        old, new = (size.node.expr if isinstance(size, torch.SymInt) else size for size in (old, new))
+        wanted = old if isinstance(old, int) else old.subs(self.tokens, self.left.node.expr)
+        return bool(wanted == new)
+
+    def _watch_the_end(self, node: fx.Node, old: Any) -> None:
+        """Positions are counted from the end of the sequence, or not at all."""
+        if op(node) in _READS_POSITIONS | _READS_NOTHING or not isinstance(old, torch.Tensor) or self._has_tokens(old):
+            return
+        if not any(isinstance(v := fake(n), torch.Tensor) and self._has_tokens(v) for n in node.all_input_nodes):
+            return
+        tail = self._tail(node)
+        if tail is None:
+            raise CannotShorten(f"{node.name} picks positions, or reduces over them")
+        self.tail = max(self.tail, tail)
+
+    def _tail(self, node: fx.Node) -> int | None:
+        """How far from the end of the sequence ``node`` reads; ``None``: it is no slice there."""
+        source = node.args[0]
+        if op(node) != "getitem" or not isinstance(source, fx.Node):
+            return None
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        dims = self._dims(source, self.tokens)
+        if Ellipsis in index or None in index or len(dims) != 1 or dims[0] >= len(index):
+            return None
+        part = index[dims[0]]
+        if isinstance(part, slice) and part.stop is None and part.step in (None, 1):
+            part = part.start
+        return -part if isinstance(part, int) and part < 0 else None
+
+    # ---- what flows in -----------------------------------------------------------------------------------------------
+
+    def _source(self, source: fx.Node, before: fx.Node) -> fx.Node:
+        """What ``before`` takes instead of ``source``."""
+        if source in self._values:
+            return source
+        value = fake(source)
+        if isinstance(value, torch.SymInt):
+            return self._size_of_left(source, value, before)
+        if not self._has_tokens(value):
+            return source
+        if not isinstance(value, torch.Tensor):
+            raise CannotShorten(f"{source.name} is no tensor")
+        if source not in self._taken:
+            self._taken[source] = self._take(source, before)
+        return self._taken[source]
+
+    def _size_of_left(self, source: fx.Node, value: torch.SymInt, before: fx.Node) -> fx.Node:
+        if not self._has_tokens(value):
+            return source
+        if value.node.expr != self.tokens:
+            raise CannotShorten(f"{source.name} is computed from the length")
+        if source not in self._taken:
+            self._taken[source] = self._insert(before, "size", self.rows, 1)
+        return self._taken[source]
+
+    def _take(self, source: fx.Node, before: fx.Node) -> fx.Node:
+        """``source`` at the positions that are left, in every dimension that is the sequence."""
+        dims = self._dims(source, self.tokens)
+        taken = source
+        if not self.alone and self._batch_dim(taken, dims) is None:
+            if str((shape(taken) or ())[0]) != "1":
+                raise CannotShorten(f"{source.name} has no batch dimension")
+            rank = fake(taken).dim()
+            taken = self._insert(before, "expand", taken, self._batch(before), *([-1] * (rank - 1)))
+        for dim in dims:
+            if self.alone:
+                taken = self._insert(before, torch.index_select, taken, dim, self._row(before))
+            else:
+                taken = self._insert(before, torch.gather, taken, dim, self._index(taken, dim, before))
+        return taken
+
+    def _batch_dim(self, node: fx.Node, dims: list[int]) -> int | None:
+        return next((d for d, s in enumerate(shape(node) or ()) if d not in dims and str(s) == str(self.batch)), None)
+
+    def _batch(self, before: fx.Node) -> int | fx.Node:
+        return self.batch if isinstance(self.batch, int) else self._insert(before, "size", self.rows, 0)
+
+    def _row(self, before: fx.Node) -> fx.Node:
+        """The positions of the only batch row."""
+        return self._insert(before, operator.getitem, self.rows, 0)
+
+    def _index(self, node: fx.Node, dim: int, before: fx.Node) -> fx.Node:
+        """`rows` as an index into dimension ``dim`` of ``node``, in the shape of what is taken, or of what ``node`` is."""
+        at = self._batch_dim(node, [dim])
+        assert at is not None and at < dim, "the batch stands first"
+        rank = fake(node).dim()
+        view = tuple(slice(None) if d in (at, dim) else None for d in range(rank))
+        index = self._insert(before, operator.getitem, self.rows, view)
+        sizes = [-1 if d in (at, dim) else self._size(node, d, before) for d in range(rank)]
+        return self._insert(before, "expand", index, *sizes)
+
+    def _size(self, node: fx.Node, dim: int, before: fx.Node) -> int | fx.Node:
+        size = (shape(node) or ())[dim]
+        return size if isinstance(size, int) else self._insert(before, "size", node, dim)
+
+    def _insert(self, before: fx.Node, target: Any, *args: Any) -> fx.Node:
+        node = insert_call(before, target, *args)
+        self._inserted.append(node)
+        return node
+
+    # ---- sizes -------------------------------------------------------------------------------------------------------
+
+    def _has_tokens(self, value: Any) -> bool:
+        return any(self.tokens in free_symbols(sized) for sized in _sized(value))
+
+    def _dims(self, node: fx.Node, length: Any) -> list[int]:
+        """Dimensions of ``node`` that are the sequence, of ``length``."""
+        found = []
+        for dim, size in enumerate(shape(node) or ()):
+            expression = size.node.expr if isinstance(size, torch.SymInt) else None
+            if expression == length:
+                found.append(dim)
+            elif expression is not None and length in expression.free_symbols:
+                raise CannotShorten(f"{node.name} has a dimension of {expression}")
+        return found
+
+
+def _depending(cut: fx.Node) -> Iterator[fx.Node]:
+    """Everything that depends on ``cut``, in order, but for the output."""
+    depends = {cut}
+    node = cut.next
+    while node.op not in ("root", "output"):
+        if not depends.isdisjoint(node.all_input_nodes):
+            depends.add(node)
+            yield node
+        node = node.next
+
+
+def _sized(value: Any) -> list[Any]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor | torch.SymInt)]
