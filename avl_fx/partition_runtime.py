@@ -55,14 +55,14 @@ class PartitionRuntime:
     """Outputs beyond the model's own: the scores of each layer that is scored, then as the next two say."""
     has_positions: bool
     has_last_mask: bool
-    keep: float | None
-    """Share of the visual tokens that a prompt may keep on its way; ``None``: all of them."""
+    filters: bool
+    """Whether a prompt drops visual tokens on its way, where it is told that it may."""
     weight: int | None
     """Input with a weight of the model; one compiled graph may serve several models."""
 
     @classmethod
-    def of(cls, plan: Plan, io: PartitionIO, keep: float | None = None) -> PartitionRuntime:
-        """The runtime of a graph that meets it as ``io`` says, and drops visual tokens but for a share ``keep``."""
+    def of(cls, plan: Plan, io: PartitionIO) -> PartitionRuntime:
+        """The runtime of a graph that meets it as ``io`` says."""
         return cls(
             plan.vision_policy or EVERYTHING,
             plan.text_window,
@@ -72,7 +72,7 @@ class PartitionRuntime:
             len(io.returned()),
             io.positions is not None,
             io.last_mask is not None,
-            keep,
+            io.left is not None,
             io.weight,
         )
 
@@ -116,11 +116,20 @@ class PartitionRuntime:
             return everything(first, weigh=given() is not None)
         return partition.segments, everything(first, weigh=partition.weighs)[1]
 
-    def may_drop(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
-        """Whether a prompt may drop tokens on its way, int32 ``[1]``: where its cache will be partitioned."""
+    def may_drop(self, args: Sequence[Any], prompt: tuple[int, int] | None) -> tuple[Tensor, ...]:
+        """Whether a prompt may drop visual tokens on its way, int32 ``[1]``: where its cache will be partitioned.
+
+        Args:
+            args: the graph's inputs.
+            prompt: its batch size and length, where the graph is told its visual positions; ``None``: it knows them.
+        """
+        if not self.filters:
+            return ()
+        told, like = given(), next(x for x in args if isinstance(x, Tensor) and x.is_floating_point())
+        # Of a prompt in pieces, the cache is partitioned when it is complete.
+        whole = prompt is None or told is None or told.shape == prompt
         learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-        device = next(x.device for x in args if isinstance(x, Tensor) and x.is_floating_point())
-        return (torch.tensor([int(not learns)], dtype=torch.int32, device=device),)
+        return (torch.tensor([int(whole and not learns)], dtype=torch.int32, device=like.device),)
 
     def tokens(self, args: Sequence[Any], partition: Partition | None) -> int | None:
         """Tokens in the cache before this call; ``None`` where only the graph knows."""
@@ -154,18 +163,20 @@ class PartitionRuntime:
         scores = {layer.layer: rest.pop(0) for layer in self.layers if layer.scored}
         positions = rest.pop(0) if self.has_positions else None
         last_mask = rest.pop(0) if self.has_last_mask else None
+        left = rest.pop(0) if self.filters else None
         keys = {layer.layer: self._after(args, outputs, layer.key) for layer in self.layers if layer.key is not None}
         if any(key.requires_grad for key in keys.values()):
             note_division(Undivided.TRAINING)
-            return  # nothing may be moved
+            return  # nothing may be moved; nor was anything dropped
         before = partition
+        batch, _, length, _ = next(iter(keys.values())).shape
+        dropped = left is not None and not (left.shape[1] == length and bool(left.all()))
         with torch.no_grad():
             if self.decode and partition is not None:
                 if positions is not None and (partition.text is not None or positions.device.type == "cpu"):
                     partition = _rewound(partition, int(positions[-1]))
                 partition = self._step(partition, last_mask, args, outputs, scores)
             elif not self.decode or given() is not None:
-                batch, _, length, _ = next(iter(keys.values())).shape
                 queries = self._queries(args, length)
                 if positions is not None:  # a static cache
                     length, queries = int(positions[-1]) + 1, len(positions)
@@ -180,13 +191,13 @@ class PartitionRuntime:
                     partition = None
                 else:
                     partition = self._start(seen, last_mask, before, args, outputs, keys, scores)
-                    if partition is None and self._dropped(seen):
-                        raise CacheStateError(
-                            "the prompt dropped visual tokens on its way (plan section 'prefill'), and then its cache "
-                            "could not be partitioned: its visual tokens lie in too many pieces",
-                            field="past_key_values",
-                            remedy="leave 'prefill' out of the plan for such prompts, and use a fresh cache",
-                        )
+            if partition is None and dropped:
+                raise CacheStateError(
+                    "the prompt dropped visual tokens on its way (plan section 'prefill'), and then its cache could not "
+                    "be partitioned: keys are missing",
+                    field="past_key_values",
+                    remedy="leave 'prefill' out of the plan for such prompts, and start again with a fresh cache",
+                )
             if partition is None and before is not None:
                 if before.stored is not None:
                     raise CacheStateError(
@@ -225,10 +236,6 @@ class PartitionRuntime:
             log.warning("%s: the cache is not partitioned and attention stays dense", found)
         note_division(found)
         return False
-
-    def _dropped(self, visual: Tensor) -> bool:
-        """Whether the graph dropped any of the keys ``visual`` bool ``[batch, keys]`` on the way."""
-        return self.keep is not None and any(n > int(self.keep * n) for n in visual.sum(1).tolist())
 
     def _queries(self, args: Sequence[Any], length: int) -> int | None:
         """How many of the ``length`` keys of a dynamic cache are this forward's; ``None`` for a static cache."""

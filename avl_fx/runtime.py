@@ -45,8 +45,6 @@ class CompiledGraph:
     compact: CompactCalls | None = None
     partition: PartitionRuntime | None = None
     takes_ranges: bool = False
-    filters: bool = False
-    """Whether the graph may drop visual tokens on the way, and has to be told."""
     visual: VisualCalls | None = None
     past: Sequence[int] = ()
     """Input positions of the keys and values of dynamic caches."""
@@ -69,8 +67,7 @@ class CompiledGraph:
         if ctx.growing or ctx.reserve or ctx.adopt:
             growing = GrowingCache(ctx.growing, ctx.reserve, ctx.adopt)
         if ctx.partition is not None:
-            keep = None if ctx.prompt_filter is None else ctx.prompt_filter.keep
-            partition = PartitionRuntime.of(ctx.plan, ctx.partition, keep)
+            partition = PartitionRuntime.of(ctx.plan, ctx.partition)
         return cls(
             compiled,
             dense_keys,
@@ -82,7 +79,6 @@ class CompiledGraph:
             compact=None if ctx.compact is None else CompactCalls.of(ctx.compact),
             partition=partition,
             takes_ranges=ctx.ranges is not None,
-            filters=ctx.prompt_filter is not None,
             visual=None if ctx.visual_inputs is None else VisualCalls.of(ctx.visual_inputs),
             past=past,
             hidden=hidden,
@@ -103,7 +99,8 @@ class CompiledGraph:
         ranges = self._ranges(args, state)
         inputs = args if self.growing is None else self.growing.before(args)
         new, past = self._visual_ranges(args, state)
-        told = () if self.partition is None or not self.filters else self.partition.may_drop(args)
+        prompt = None if self.visual is None else self.visual.sizes(args)
+        told = () if self.partition is None else self.partition.may_drop(args, prompt)
         outputs = list(self.compiled(*inputs, *columns, *new, *ranges, *past, *told))
         rows = _taken_off(outputs, 0 if self.observed is None else self.observed.returned)
         returned = _taken_off(outputs, 0 if self.partition is None else self.partition.returned)

@@ -61,6 +61,10 @@ class VisualCalls:
             visual = None
         return (self._ranges(None if visual is None else ranges_of(visual), visual is not None, batch),)
 
+    def sizes(self, args: Sequence[Any]) -> tuple[int, int] | None:
+        """Batch size and length of this forward, where the graph is told which positions are visual."""
+        return (_size(self.batch, args), _size(self.queries, args)) if self.takes_new else None
+
     def past(self, args: Sequence[Any], state: Partition | None) -> tuple[Tensor, ...]:
         """Ranges of the visual keys that are in the cache; ``state`` is what is known of it."""
         if not self.takes_past:

@@ -187,11 +187,13 @@ class PartitionIO:
     """The mask of the last query, ``[batch, heads or 1, keys]`` boolean or additive; none: it sees every key."""
     weight: int | None = None
     """Position of the input with the weight that makes the first layer's values: tells whose cache it is."""
+    left: fx.Node | None = None
+    """Of a prompt that drops visual tokens on its way: those that are left, bool ``[batch, left]``; False fills up."""
 
     def returned(self) -> list[fx.Node]:
         """What the graph returns beyond the model's own outputs, in this order."""
         weights = [layer.weights for layer in self.layers]
-        return [n for n in (*weights, self.positions, self.last_mask) if n is not None]
+        return [n for n in (*weights, self.positions, self.last_mask, self.left) if n is not None]
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ class PromptFilter:
     may_drop: fx.Node
     """An input of the graph, int32 ``[1]``: whether it may."""
     keep: float
+    """The share of them that stays."""
     left: Any
     """The symbol of how many positions are left."""
 

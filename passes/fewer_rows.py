@@ -178,6 +178,8 @@ class FewerRows:
         part = index[dims[0]]
         if isinstance(part, slice) and part.stop is None and part.step in (None, 1):
             part = part.start
+        part = fake(part) if isinstance(part, fx.Node) else part
+        part = part.node.maybe_as_int() if isinstance(part, torch.SymInt) else part
         return -part if isinstance(part, int) and part < 0 else None
 
     # ---- what flows in -----------------------------------------------------------------------------------------------
@@ -254,7 +256,9 @@ class FewerRows:
     # ---- sizes -------------------------------------------------------------------------------------------------------
 
     def _has_tokens(self, value: Any) -> bool:
-        return any(self.tokens in free_symbols(sized) for sized in _sized(value))
+        """Whether a size of ``value`` depends on the length; strides may."""
+        sizes = (s for x in _sized(value) for s in (x.shape if isinstance(x, torch.Tensor) else (x,)))
+        return any(self.tokens in free_symbols(size) for size in sizes)
 
     def _dims(self, node: fx.Node, length: Any) -> list[int]:
         """Dimensions of ``node`` that are the sequence, of ``length``."""

@@ -93,6 +93,8 @@ def _filter(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> tuple[R
         return Reason.FILTER_STREAM, f"{cut.name} has {len(sizes)} dimensions"
     if isinstance(sizes[1], int):
         return Reason.FILTER_LENGTH, "avl_fx.compile, or torch.compile(dynamic=True), leaves it open"
+    if not sizes[1].node.shape_env.allow_dynamic_output_shape_ops:
+        return Reason.FILTER_SIZES, "avl_fx.compile, or torch._dynamo.config.capture_dynamic_output_shape_ops, lets it"
     deciding = next(layer.scores_from for layer in io.layers if layer.layer == policy.after_layer)
     scores = next(layer.weights for layer in io.layers if layer.layer == deciding)
     flags, result.new_inputs = new_flags(gm, ctx)
@@ -118,6 +120,7 @@ def _filter(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> tuple[R
         _hide_fillers(shortened, valid)
     _put_back(gm, ctx, shortened, valid)
     ctx.prompt_filter = PromptFilter(may_drop, policy.keep, shortened.left)
+    io.left = valid
     return None
 
 

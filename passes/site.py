@@ -56,6 +56,7 @@ class Reason(enum.StrEnum):
     FILTER_CACHE = "its cache keeps every token, as an AVLCache does not"
     FILTER_LATER = "its cache holds tokens already"
     FILTER_LENGTH = "the length of the prompt is a constant of the graph"
+    FILTER_SIZES = "the graph may not hold sizes that depend on data"
     FILTER_LAYERS = "layers behind the filter would need what it drops"
     FILTER_STREAM = "no single hidden state leads to the layers behind the filter"
     FILTER_GRAPH = "what stands behind the filter cannot run on fewer tokens"

@@ -19,15 +19,15 @@ FLOAT32_TOLERANCE = 2e-4
 
 
 @contextlib.contextmanager
-def through(door: str, model: nn.Module, **options: Any) -> Iterator[Recorder]:
-    """Compile ``model`` by ``door`` for the block; afterwards it is as it was."""
+def through(door: str, model: nn.Module, dynamic: bool | None = None, **options: Any) -> Iterator[Recorder]:
+    """Compile ``model`` by ``door`` for the block; afterwards it is as it was. ``dynamic`` as for ``torch.compile``."""
     torch._dynamo.reset()
     options.setdefault("strict", True)
     with recording() as recorder:
         if door == "avl_fx.compile":
-            avl_fx.compile(model, options.pop("plan", None), options=options)
+            avl_fx.compile(model, options.pop("plan", None), options=options, dynamic=dynamic)
         else:
-            model.forward = torch.compile(model.forward, backend="avl", options=options)
+            model.forward = torch.compile(model.forward, backend="avl", options=options, dynamic=dynamic)
         try:
             yield recorder
         finally:
