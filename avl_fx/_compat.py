@@ -198,20 +198,24 @@ def compile_module(
 
 
 def _leave_length_open(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Mark the sequence dimension of everything that a decoder takes for a prompt."""
+    """Mark batch and sequence of everything that a decoder takes for a prompt."""
     tensors = [leaf for leaf in pytree.tree_leaves((list(args), dict(kwargs))) if isinstance(leaf, torch.Tensor)]
     hidden = [t for t in tensors if t.dim() == 3 and t.is_floating_point()]
     ids = [t for t in tensors if t.dim() == 2 and not t.is_floating_point()]
-    length = (hidden or ids)[0].shape[1] if hidden or ids else 1
+    if not hidden and not ids:
+        return
+    batch, length = (hidden or ids)[0].shape[:2]
     if length == 1:
         return
     for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dim() == 3:
-            sequence = [1] if tensor.shape[1] == length else []
-        elif tensor.is_floating_point() and tensor.dim() != 4:
-            sequence = []  # features: no sequence
-        else:
-            sequence = [dim for dim, size in enumerate(tensor.shape) if size == length and (dim or tensor.dim() == 1)]
+        # [batch, length, hidden]; position ids and masks of any rank; no features
+        if tensor.is_floating_point() and tensor.dim() not in (3, 4):
+            continue
+        last = 2 if tensor.is_floating_point() and tensor.dim() == 3 else tensor.dim()
+        sequence = [dim for dim in range(last) if tensor.shape[dim] == length and (dim or tensor.dim() == 1)]
+        rows = 1 if tensor.dim() == 3 and not tensor.is_floating_point() else 0
+        if sequence and rows not in sequence and tensor.shape[rows] == batch > 1:
+            sequence.append(rows)
         for dim in sequence:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
 

@@ -90,7 +90,8 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
     record.visual = "none" if ctx.visual is None else ctx.visual.how
     record.expected_layers = ctx.expected_layers
     record.nodes_after = len(gm.graph.nodes)
-    record.linears["after"], record.linear_flops["after"] = _linears(gm)
+    left = None if ctx.prompt_filter is None else (ctx.prompt_filter.left, _tokens_left(ctx))
+    record.linears["after"], record.linear_flops["after"] = _linears(gm, left)
     dense_keys = _dense_keys(gm, ctx)
     hidden = [position for position, tensor in enumerate(example_inputs) if may_carry(tensor)]
     if keep_text:
@@ -207,16 +208,31 @@ def _cached_inputs(attention: fx.Node) -> list[fx.Node]:
     return [root]
 
 
-def _linears(gm: fx.GraphModule) -> tuple[int, int]:
-    """Matmuls with a weight: their number, and their FLOPs at the sizes that the graph was captured with."""
+def _tokens_left(ctx: PassContext) -> int | None:
+    """How many positions a prompt has left, of those that the graph was captured with; ``None``: not known yet."""
+    visual = given()
+    if visual is None or ctx.prompt_filter is None:
+        return None
+    counts = visual.sum(1).tolist()
+    return visual.shape[1] - min(n - int(ctx.prompt_filter.keep * n) for n in counts)
+
+
+def _linears(gm: fx.GraphModule, left: tuple[Any, int | None] | None = None) -> tuple[int, int]:
+    """Matmuls with a weight: their number, and their FLOPs at the sizes that the graph was captured with.
+
+    ``left``: a size that depends on data, and what it was then.
+    """
     nodes = [n for n in gm.graph.nodes if op(n) in ("linear", "narrow_linear")]
-    return len(nodes), sum(map(_linear_flops, nodes))
+    return len(nodes), sum(_linear_flops(node, left) for node in nodes)
 
 
-def _linear_flops(node: fx.Node) -> int:
+def _linear_flops(node: fx.Node, left: tuple[Any, int | None] | None) -> int:
     """Two for each element of the output and each input feature; 0 where a size depends on data."""
     output, source = shape(node), shape(arg(node, 0, "input"))
-    sizes = [hint(s) for s in (*(output or ()), *(source or ())[-1:])]
+    sizes = [
+        left[1] if left is not None and str(s) == str(left[0]) else hint(s)
+        for s in (*(output or ()), *(source or ())[-1:])
+    ]
     return math.prod(map(int, sizes)) * 2 if output and source and None not in sizes else 0  # type: ignore[arg-type]
 
 

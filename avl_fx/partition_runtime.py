@@ -193,8 +193,8 @@ class PartitionRuntime:
                     partition = self._start(seen, last_mask, before, args, outputs, keys, scores)
             if partition is None and dropped:
                 raise CacheStateError(
-                    "the prompt dropped visual tokens on its way (plan section 'prefill'), and then its cache could not "
-                    "be partitioned: keys are missing",
+                    "the prompt dropped visual tokens on its way (plan section 'prefill'), and then its cache could "
+                    "not be partitioned: keys are missing",
                     field="past_key_values",
                     remedy="leave 'prefill' out of the plan for such prompts, and start again with a fresh cache",
                 )

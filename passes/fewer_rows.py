@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from avl_fx.passes.nodes import fake, mutated_inputs, op, shape
 from avl_fx.passes.rewrite import insert_call
 
-__all__ = ["CannotShorten", "FewerRows"]
+__all__ = ["CannotShorten", "FewerRows", "tail_of"]
 
 _READS_POSITIONS = frozenset({"attention", "visual_scores"})
 """Reduce over the sequence, and mean it."""
@@ -50,12 +50,15 @@ class FewerRows:
         batch, tokens, *_ = shape(cut) or ()
         if isinstance(tokens, int):
             raise CannotShorten("the length is a constant")
+        # Of tensors with as many rows as there are batch rows, a symbol alone says which of them mean the batch.
+        if isinstance(batch, int) and batch != 1:
+            raise CannotShorten("the batch size is a constant")
+        if str(batch) == str(tokens):
+            raise CannotShorten("batch size and length are one symbol")
         self.batch, self.tokens = batch, tokens.node.expr
-        self.alone = isinstance(batch, int) and batch == 1
+        self.alone = isinstance(batch, int)
         """One batch row: no row has to be filled up."""
         self.left = (shape(rows) or ())[1]
-        self.tail = 1
-        """The last so many positions are read by their place."""
         self._inserted: list[fx.Node] = []
         self._taken: dict[fx.Node, fx.Node] = {}
         self._values: dict[fx.Node, Any] = {}
@@ -97,7 +100,7 @@ class FewerRows:
             node.meta["example_value"] = value
 
     def put_back(self, node: fx.Node, before: fx.Node, fill: float) -> fx.Node:
-        """After `commit`: ``node`` among all positions, ``fill`` at those that are not left; inserted before ``before``.
+        """After `commit`: ``node`` among all positions, ``fill`` at those that are not left, made before ``before``.
 
         It has the sequence in one dimension.
         """
@@ -131,7 +134,7 @@ class FewerRows:
         except Exception as error:
             raise CannotShorten(f"{node.name}: {str(error).splitlines()[0] if str(error) else error!r}") from error
         self._compare(node, old, new)
-        self._watch_the_end(node, old)
+        self._check_reduction(node, old)
         self._values[node] = new
         self._arguments[node] = (args, kwargs)
 
@@ -155,32 +158,14 @@ class FewerRows:
         wanted = old if isinstance(old, int) else old.subs(self.tokens, self.left.node.expr)
         return bool(wanted == new)
 
-    def _watch_the_end(self, node: fx.Node, old: Any) -> None:
+    def _check_reduction(self, node: fx.Node, old: Any) -> None:
         """Positions are counted from the end of the sequence, or not at all."""
         if op(node) in _READS_POSITIONS | _READS_NOTHING or not isinstance(old, torch.Tensor) or self._has_tokens(old):
             return
         if not any(isinstance(v := fake(n), torch.Tensor) and self._has_tokens(v) for n in node.all_input_nodes):
             return
-        tail = self._tail(node)
-        if tail is None:
+        if _tail(node, self.tokens) is None:
             raise CannotShorten(f"{node.name} picks positions, or reduces over them")
-        self.tail = max(self.tail, tail)
-
-    def _tail(self, node: fx.Node) -> int | None:
-        """How far from the end of the sequence ``node`` reads; ``None``: it is no slice there."""
-        source = node.args[0]
-        if op(node) != "getitem" or not isinstance(source, fx.Node):
-            return None
-        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        dims = self._dims(source, self.tokens)
-        if Ellipsis in index or None in index or len(dims) != 1 or dims[0] >= len(index):
-            return None
-        part = index[dims[0]]
-        if isinstance(part, slice) and part.stop is None and part.step in (None, 1):
-            part = part.start
-        part = fake(part) if isinstance(part, fx.Node) else part
-        part = part.node.maybe_as_int() if isinstance(part, torch.SymInt) else part
-        return -part if isinstance(part, int) and part < 0 else None
 
     # ---- what flows in -----------------------------------------------------------------------------------------------
 
@@ -212,11 +197,13 @@ class FewerRows:
         """``source`` at the positions that are left, in every dimension that is the sequence."""
         dims = self._dims(source, self.tokens)
         taken = source
-        if not self.alone and self._batch_dim(taken, dims) is None:
-            if str((shape(taken) or ())[0]) != "1":
+        first = str((shape(taken) or ())[0])
+        if not self.alone and (first != str(self.batch) or 0 in dims):
+            if first != "1":
                 raise CannotShorten(f"{source.name} has no batch dimension")
             rank = fake(taken).dim()
-            taken = self._insert(before, "expand", taken, self._batch(before), *([-1] * (rank - 1)))
+            batch = self._insert(before, "size", self.rows, 0)
+            taken = self._insert(before, "expand", taken, batch, *([-1] * (rank - 1)))
         for dim in dims:
             if self.alone:
                 taken = self._insert(before, torch.index_select, taken, dim, self._row(before))
@@ -224,24 +211,16 @@ class FewerRows:
                 taken = self._insert(before, torch.gather, taken, dim, self._index(taken, dim, before))
         return taken
 
-    def _batch_dim(self, node: fx.Node, dims: list[int]) -> int | None:
-        return next((d for d, s in enumerate(shape(node) or ()) if d not in dims and str(s) == str(self.batch)), None)
-
-    def _batch(self, before: fx.Node) -> int | fx.Node:
-        return self.batch if isinstance(self.batch, int) else self._insert(before, "size", self.rows, 0)
-
     def _row(self, before: fx.Node) -> fx.Node:
         """The positions of the only batch row."""
         return self._insert(before, operator.getitem, self.rows, 0)
 
     def _index(self, node: fx.Node, dim: int, before: fx.Node) -> fx.Node:
-        """`rows` as an index into dimension ``dim`` of ``node``, in the shape of what is taken, or of what ``node`` is."""
-        at = self._batch_dim(node, [dim])
-        assert at is not None and at < dim, "the batch stands first"
+        """`rows` as an index into dimension ``dim`` of ``node``, whose first dimension is the batch."""
         rank = fake(node).dim()
-        view = tuple(slice(None) if d in (at, dim) else None for d in range(rank))
+        view = tuple(slice(None) if d in (0, dim) else None for d in range(rank))
         index = self._insert(before, operator.getitem, self.rows, view)
-        sizes = [-1 if d in (at, dim) else self._size(node, d, before) for d in range(rank)]
+        sizes = [-1 if d in (0, dim) else self._size(node, d, before) for d in range(rank)]
         return self._insert(before, "expand", index, *sizes)
 
     def _size(self, node: fx.Node, dim: int, before: fx.Node) -> int | fx.Node:
@@ -262,14 +241,42 @@ class FewerRows:
 
     def _dims(self, node: fx.Node, length: Any) -> list[int]:
         """Dimensions of ``node`` that are the sequence, of ``length``."""
-        found = []
-        for dim, size in enumerate(shape(node) or ()):
+        for size in shape(node) or ():
             expression = size.node.expr if isinstance(size, torch.SymInt) else None
-            if expression == length:
-                found.append(dim)
-            elif expression is not None and length in expression.free_symbols:
+            if expression is not None and expression != length and length in expression.free_symbols:
                 raise CannotShorten(f"{node.name} has a dimension of {expression}")
-        return found
+        return _dims_of(node, length)
+
+
+def tail_of(cut: fx.Node) -> int:
+    """How many positions at the end of the sequence what depends on ``cut`` reads by their place; 1 at least.
+
+    ``cut`` is ``[batch, tokens, ...]`` with a symbolic length.
+    """
+    tokens = (shape(cut) or ())[1].node.expr
+    return max((tail for node in _depending(cut) if (tail := _tail(node, tokens)) is not None), default=1)
+
+
+def _tail(node: fx.Node, tokens: Any) -> int | None:
+    """How far from the end of the sequence ``node`` reads; ``None``: it is no slice there."""
+    source = node.args[0] if node.args else None
+    if op(node) != "getitem" or not isinstance(source, fx.Node):
+        return None
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    dims = _dims_of(source, tokens)
+    if any(part is Ellipsis or part is None for part in index) or len(dims) != 1 or dims[0] >= len(index):
+        return None
+    part = index[dims[0]]
+    if isinstance(part, slice) and part.stop is None and part.step in (None, 1):
+        part = part.start
+    part = fake(part) if isinstance(part, fx.Node) else part
+    part = part.node.maybe_as_int() if isinstance(part, torch.SymInt) else part
+    return -part if isinstance(part, int) and part < 0 else None
+
+
+def _dims_of(node: fx.Node, length: Any) -> list[int]:
+    sizes = enumerate(shape(node) or ())
+    return [dim for dim, size in sizes if isinstance(size, torch.SymInt) and size.node.expr == length]
 
 
 def _depending(cut: fx.Node) -> Iterator[fx.Node]:

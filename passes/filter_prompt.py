@@ -1,4 +1,4 @@
-"""The prefill filter: behind one layer a prompt runs on the visual tokens that matter only (A-VL, arXiv 2409.14846, 4.2).
+"""The prefill filter: behind one layer a prompt runs on the visual tokens that matter (A-VL, arXiv 2409.14846, 4.2).
 
 Behind decoder layer r the visual tokens that the end of the prompt attends to least are dropped, and every later layer
 runs on the rest, at their original positions. Where the hidden state passes from layer r to the next one, the graph is
@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 # Importing the operator registers it.
 from avl_fx.kernels import survivors as _survivors  # noqa: F401
 from avl_fx.passes.context import PassContext, PromptFilter
-from avl_fx.passes.fewer_rows import CannotShorten, FewerRows
+from avl_fx.passes.fewer_rows import CannotShorten, FewerRows, tail_of
 from avl_fx.passes.nodes import fake, op, shape
 from avl_fx.passes.rewrite import add_input, insert_call, insert_traced
 from avl_fx.passes.share_queries import decoder_sites
@@ -101,7 +101,7 @@ def _filter(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> tuple[R
     if flags is None or scores is None:
         return Reason.VISUAL_UNKNOWN, ""
     may_drop = add_input(gm.graph, "avl_may_drop", (1,), torch.int32, scores)
-    chosen = _choose(cut.next, scores, flags, io.last_mask, may_drop, policy.keep)
+    chosen = _choose(cut.next, scores, flags, io.last_mask, may_drop, policy.keep, tail_of(cut))
     rows, valid = (insert_call(chosen.next, operator.getitem, chosen, i) for i in (0, 1))
     shortened = None
     try:
@@ -115,7 +115,6 @@ def _filter(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> tuple[R
         return Reason.FILTER_GRAPH, str(error)
     result.new_inputs = (*result.new_inputs, may_drop.name)
     shortened.commit()
-    chosen.args = (*chosen.args[:-1], shortened.tail)
     if not shortened.alone:
         _hide_fillers(shortened, valid)
     _put_back(gm, ctx, shortened, valid)
@@ -146,7 +145,7 @@ def _stream(site: Site, following: Site) -> fx.Node | None:
 
 def _choose(before: fx.Node, *arguments: Any) -> fx.Node:
     """Insert `avl::survivors`, with the size that it makes known to the shape environment."""
-    chosen = insert_call(before, torch.ops.avl.survivors.default, *arguments, 0)
+    chosen = insert_call(before, torch.ops.avl.survivors.default, *arguments)
     values = fake(chosen)
     compute_unbacked_bindings(values[0].fake_mode.shape_env, values)
     return chosen

@@ -24,7 +24,7 @@ def survivors_aten(
     fewest = lost.min() if batch else lost.sum()
     fillers = dropped & (dropped.cumsum(1) <= (lost - fewest)[:, None])
     kept = ~dropped | fillers
-    rows = kept.nonzero()[:, 1].view(batch, -1)
+    rows = kept.nonzero()[:, 1].clone().view(batch, -1)  # a tensor of its own, as promised
     return rows, ~fillers.gather(1, rows)
 
 

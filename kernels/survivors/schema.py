@@ -29,7 +29,7 @@ def survivors(
             ``None``: it sees every key.
         may_drop: int32 ``[1]``; 0: everything stays.
         keep: share of the visual tokens that stay, 0 < keep <= 1.
-        tail: positions at the end that stay, 0 or more.
+        tail: positions at the end that stay, at least 0 and at most ``tokens``.
 
     Returns:
         ``rows`` int64 ``[batch, left]``, positions in ascending order, and ``valid`` bool ``[batch, left]``, False for
@@ -47,19 +47,19 @@ def survivors(
 
 @survivors.register_fake
 def _(scores, visual, last_mask, may_drop, keep, tail):
-    left = torch.library.get_ctx().new_dynamic_size(min=1)
+    left = torch.library.get_ctx().new_dynamic_size(min=max(1, tail))
     sizes = (visual.shape[0], left)
     return visual.new_empty(sizes, dtype=torch.int64), visual.new_empty(sizes, dtype=torch.bool)
 
 
-def _check(
-    scores: Tensor, visual: Tensor, last_mask: Tensor | None, may_drop: Tensor, keep: float, tail: int
-) -> None:
+def _check(scores: Tensor, visual: Tensor, last_mask: Tensor | None, may_drop: Tensor, keep: float, tail: int) -> None:
     if visual.dim() != 2 or visual.dtype != torch.bool:
         raise ValueError(f"visual: {tuple(visual.shape)}, {visual.dtype} instead of bool [batch, tokens].")
     batch, tokens = visual.shape
     if scores.dim() != 3 or scores.shape[::2] != visual.shape or scores.dtype != torch.float32:
-        raise ValueError(f"scores: {tuple(scores.shape)}, {scores.dtype} do not fit float32 [{batch}, heads, {tokens}].")
+        raise ValueError(
+            f"scores: {tuple(scores.shape)}, {scores.dtype} do not fit float32 [{batch}, heads, {tokens}]."
+        )
     if last_mask is not None and (
         last_mask.dim() != 3 or last_mask.shape[0] not in (1, batch) or last_mask.shape[2] != tokens
     ):
@@ -68,5 +68,5 @@ def _check(
         raise ValueError(f"may_drop: {tuple(may_drop.shape)}, {may_drop.dtype} instead of int32 [1].")
     if not 0 < keep <= 1:
         raise ValueError(f"keep: {keep}. Fix: a share, above 0 and at most 1.")
-    if tail < 0:
-        raise ValueError(f"tail: {tail}. Fix: 0 or more positions.")
+    if not 0 <= tail <= tokens:
+        raise ValueError(f"tail: {tail}. Fix: as many positions as there are, or fewer.")

@@ -129,7 +129,7 @@ def test_without_a_failure_every_site_is_recorded() -> None:
     ("options", "error"),
     [
         ({"plan": {"lazy": {"blocks": [[1, 0]]}}}, PlanError),
-        ({"plan": Plan.avl(prefill=0.5)}, UnsupportedPlanError),
+        ({"plan": {"prefill": {}}}, UnsupportedPlanError),
         ({"plan": Plan.lazy([(0, 1)], num_layers=3)}, PlanMismatchError),
         ({"nonsense": 1}, OptionError),
     ],

@@ -153,7 +153,7 @@ def test_make_prints_without_a_file():
     assert Plan.from_json(avl("plan", "make", "--lazy", "1-3", "--mode", "vla").stdout).lazy_policy.mode == "vla"
 
 
-def test_show_presets_and_plans_of_the_future(tmp_path):
+def test_show_presets_and_plans_that_are_not_executed(tmp_path):
     assert "identity: nothing is left out" in avl("plan", "show", "identity").stdout
     (tmp_path / "prefill.json").write_text('{"version": 1, "prefill": {"keep": 0.5}}')
     shown = avl("plan", "show", tmp_path / "prefill.json").stdout
@@ -170,7 +170,7 @@ def test_plan_errors(tmp_path):
     assert "did you mean" in error_of("plan", "check", tmp_path / "plna.json")
     assert "Fix:" in error_of("plan", "show", bad)
     assert "the model has 8. Fix:" in error_of("plan", "check", file, "--layers", 8)
-    assert "this version of avl_fx executes only" in error_of("plan", "check", later)
+    assert "Fix: add a section 'vision'" in error_of("plan", "check", later)
     assert "--lazy: no block was given. Fix:" in error_of("plan", "make")
     for wrong in ("4", "a-b", "4-", "4-12-20", "-1-3"):
         assert "write FIRST-LAST" in error_of("plan", "make", f"--lazy={wrong}")

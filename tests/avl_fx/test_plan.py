@@ -263,6 +263,9 @@ def test_plan_for_this_model():
         *(Plan.lazy([(4, 12)], mode) for mode in ("gla", "vla", "vla_scores")),
         Plan.avl(),
         Plan(text=TextPolicy()),
+        Plan.avl(prefill=0.5),
+        Plan.avl(prefill=0.5, prefill_after_layer=3).combine(Plan.lazy([(1, 3), (4, 12)])),
+        Plan(prefill=PrefillFilter(keep=1.0)),
     ],
 )
 def test_supported(plan):
@@ -270,16 +273,23 @@ def test_supported(plan):
 
 
 @pytest.mark.parametrize(
-    ("plan", "field"),
+    ("plan", "field", "words"),
     [
-        (Plan(prefill=PrefillFilter()), "prefill"),
-        (Plan.lazy([(4, 12)]).combine(Plan.avl(prefill=0.5)), "prefill"),
+        (Plan(prefill=PrefillFilter()), "prefill", "Fix: add a section 'vision' with secondary <= 0.5"),
+        (
+            Plan.lazy([(0, 1), (2, 12)]).combine(Plan.avl(prefill=0.5)),
+            "prefill.after_layer",
+            r"lazy.blocks\[1\] = \(2, 12\)\)\. Fix: filter after layer 12 or 1, or end the block at 2",
+        ),
+        (
+            Plan.lazy([(0, 4)]).combine(Plan.avl(prefill=0.5)),
+            "prefill.after_layer",
+            "Fix: filter after layer 4, or end the block at 2",
+        ),
     ],
 )
-def test_unsupported(plan, field):
-    with pytest.raises(
-        UnsupportedPlanError, match=r"executes only identity plans, lazy \(mode gla or .*\), vision, text;.*Fix: "
-    ) as caught:
+def test_unsupported(plan, field, words):
+    with pytest.raises(UnsupportedPlanError, match=words) as caught:
         plan.check_supported()
     assert caught.value.field == field
 
@@ -287,7 +297,7 @@ def test_unsupported(plan, field):
 def test_one_table_says_what_is_supported(monkeypatch):
     monkeypatch.setattr(plan_module, "EXECUTED", {"lazy": frozenset({"gla", "vla"}), "vision": None})
     Plan.lazy([(4, 12)], "vla").combine(Plan.avl(text=None)).check_supported()
-    with pytest.raises(UnsupportedPlanError, match=r"lazy \(mode gla or vla\), vision;"):
+    with pytest.raises(UnsupportedPlanError, match=r"only identity plans, lazy \(mode gla or vla\), vision;.*Fix: "):
         Plan(text=TextPolicy()).check_supported()
 
 

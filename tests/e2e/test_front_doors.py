@@ -150,8 +150,8 @@ def test_training_step_through_the_identity_plan(llava):
     [
         ({"plan": Plan.lazy([(2, 9)])}, PlanMismatchError, ["blocks", "9", "Fix:"]),
         ({"plan": Plan.lazy([(0, 1)], num_layers=12)}, PlanMismatchError, ["12", "4", "Fix:"]),
-        ({"plan": Plan.avl(prefill=0.5)}, UnsupportedPlanError, ["Fix:"]),
-        ({"plan": Plan.lazy([(0, 1)]).combine(Plan.avl(prefill=0.5))}, UnsupportedPlanError, ["prefill", "Fix:"]),
+        ({"plan": {"prefill": {}}}, UnsupportedPlanError, ["vision", "Fix:"]),
+        ({"plan": Plan.lazy([(2, 3)]).combine(Plan.avl(prefill=0.5))}, UnsupportedPlanError, ["prefill", "Fix:"]),
         ({"plann": "identity"}, OptionError, ["plann", "plan", "Fix:"]),
         ({"max_autotune": True}, OptionError, ["inductor", "Fix:"]),
         ({"compiler": "gcc"}, OptionError, ["compiler", "Fix:"]),
