@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import os
 
-from benchmarks import compact_cache, decode, grouped_attention, lazy_layers, partitioned_attention, pass_overhead
+from benchmarks import (
+    compact_cache,
+    decode,
+    filtered_prompt,
+    grouped_attention,
+    lazy_layers,
+    partitioned_attention,
+    pass_overhead,
+)
 from benchmarks._report import console
 
 
@@ -18,6 +26,7 @@ def main() -> None:
     pass_overhead.main()
     decode.main()
     compact_cache.main()
+    filtered_prompt.main()
     lazy_layers.main()
 
 

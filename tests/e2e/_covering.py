@@ -53,9 +53,17 @@ def one_each(cases: Sequence[tuple[Any, ...]], by: Sequence[int] = (0,)) -> list
     return chosen
 
 
-def rest_in_matrix(cases: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
-    """``cases`` for `parametrize`: ``kept`` run in `make test`, the others in `make test-matrix`."""
-    return [pytest.param(case, marks=() if case in kept else pytest.mark.matrix) for case in cases]
+def rest_in_matrix(cases: Sequence[Any], kept: Sequence[Any], apart: bool = False) -> list[Any]:
+    """``cases`` for `parametrize`: ``kept`` run in `make test`, the others in `make test-matrix`.
+
+    ``apart``: each is a tuple of several arguments.
+    """
+    missing = [case for case in kept if case not in cases]
+    if missing:
+        raise ValueError(f"not among the cases: {missing}")
+    marks = [() if case in kept else pytest.mark.matrix for case in cases]
+    given = [case if apart else (case,) for case in cases]
+    return [pytest.param(*arguments, marks=mark) for arguments, mark in zip(given, marks, strict=True)]
 
 
 def _meetings(case: tuple[Any, ...], strength: int) -> set[tuple[tuple[int, Any], ...]]:

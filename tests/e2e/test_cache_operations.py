@@ -211,9 +211,15 @@ SCRIPTS = {
 GROUPS = {f"{plan}-{kind}": (plan, kind) for plan in PLANS for kind in SCRIPTS}
 """Sessions that share what was compiled: a fixture is made anew for every other *object*, not for every other value."""
 MATRIX = pytest.mark.matrix
+OFTEN = (crop_an_answer, crop_into_an_image, crop_twice, select_rows, reorder_rows, copy_and_crop, a_wrong_crop)
 CASES = [
     # A text window asks for all that the visual partition alone does, and for more.
-    pytest.param(group, script, id=f"{name}-{script.__name__}", marks=MATRIX if group[0] == "vision" else ())
+    pytest.param(
+        group,
+        script,
+        id=f"{name}-{script.__name__}",
+        marks=MATRIX if group[0] == "vision" or script not in OFTEN else (),
+    )
     for name, group in GROUPS.items()
     for script in SCRIPTS[group[1]]
 ]

@@ -97,7 +97,14 @@ def test_lazy_layers_own_no_keys(model):
 
 
 @pytest.mark.parametrize("mode", ["vla", "vla_scores"])
-@pytest.mark.parametrize("reads", [None, PAPER, WITH_TEXT], ids=["all", "paper", "text"])
+@pytest.mark.parametrize(
+    "reads",
+    [
+        pytest.param(None, id="all", marks=pytest.mark.matrix),
+        pytest.param(PAPER, id="paper", marks=pytest.mark.matrix),
+        pytest.param(WITH_TEXT, id="text"),
+    ],
+)
 def test_lazy_layers_own_no_visual_keys(model, reads, mode):
     """Ragged rows: as many are left out of each as the one with the fewest has."""
     lazy = Plan.lazy([(1, 3)], mode)
@@ -190,7 +197,11 @@ def test_what_lies_behind_it_is_counted(model):
 
 @pytest.mark.parametrize(
     ("text", "spread"),
-    [pytest.param(None, 0.0, marks=pytest.mark.matrix), (0.3, 0.0), (None, 0.6)],
+    [
+        pytest.param(None, 0.0, marks=pytest.mark.matrix),
+        (0.3, 0.0),
+        pytest.param(None, 0.6, marks=pytest.mark.matrix),
+    ],
     ids=["all text", "text window", "spread"],
 )
 def test_a_second_turn_with_another_image(model, text, spread):
@@ -337,7 +348,7 @@ def way_of(model, how):
     return inputs_of(model, 1 if how == "assisted" else 2), options
 
 
-@pytest.mark.parametrize("how", ["beams", "sampling", "assisted"])
+@pytest.mark.parametrize("how", ["beams", pytest.param("sampling", marks=pytest.mark.matrix), "assisted"])
 def test_other_ways_to_generate(model, how):
     """One visual key in a hundred is left out, and tokens are those of a stock cache under the same plan or none."""
     inputs, options = way_of(model, how)
@@ -350,7 +361,9 @@ def test_other_ways_to_generate(model, how):
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("how", ["beams", "sampling", "assisted"])
+@pytest.mark.parametrize(
+    "how", [*(pytest.param(how, marks=pytest.mark.matrix) for how in ("sampling", "assisted")), "beams"]
+)
 def test_other_ways_to_generate_under_a_lazy_plan(model, how):
     """Keys that are the anchor's are read from its cache: tokens are those of a stock cache under the same plan."""
     inputs, options = way_of(model, how)

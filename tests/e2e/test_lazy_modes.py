@@ -34,8 +34,8 @@ def _allowed(case):
     return cache == "compact" or cache in ZOO[name].caches
 
 
-CHOSEN = one_each(list(filter(_allowed, itertools.product(*FACTORS))), by=(0, 4))
-"""What `make test` runs: each model once in each mode, the other factors spread."""
+CHOSEN = one_each(list(filter(_allowed, itertools.product(*FACTORS))))
+"""What `make test` runs: each model once, the other factors spread."""
 CASES = covering(FACTORS, _allowed, strength=4)
 """What `make test-matrix` runs besides: any four of them."""
 COMPILED = [
@@ -96,15 +96,15 @@ def test_equals_the_oracle_through_inductor(case):
 @pytest.mark.parametrize(
     ("mode", "preset", "cache"),
     [
-        ("vla", "paper", "dynamic"),
+        pytest.param("vla", "paper", "dynamic", marks=pytest.mark.matrix),
         pytest.param("vla", "text", "static", marks=pytest.mark.matrix),
-        ("vla", "paper", "compact"),
-        pytest.param("vla", "heavy", "compact", marks=pytest.mark.matrix),
+        pytest.param("vla", "paper", "compact", marks=pytest.mark.matrix),
+        ("vla", "heavy", "compact"),
         ("vla_scores", "paper", "static"),
         pytest.param("vla_scores", "tight", "dynamic", marks=pytest.mark.matrix),
         pytest.param("vla_scores", "text", "dynamic", marks=pytest.mark.matrix),
         ("vla_scores", "text", "compact"),
-        ("vla_scores", "heavy", "compact"),
+        pytest.param("vla_scores", "heavy", "compact", marks=pytest.mark.matrix),
     ],
 )
 def test_a_block_has_one_choice_of_keys(mode, preset, cache):
@@ -134,7 +134,7 @@ def test_a_block_has_one_choice_of_keys(mode, preset, cache):
 @pytest.mark.parametrize(
     ("images", "door"),
     [
-        pytest.param((True, True), DOORS[0], id="second image-whole"),
+        pytest.param((True, True), DOORS[0], id="second image-whole", marks=pytest.mark.matrix),
         pytest.param((True, False), DOORS[1], id="text alone-regions"),
         pytest.param((True, False), DOORS[0], id="text alone-whole", marks=pytest.mark.matrix),
         pytest.param((True, True), DOORS[1], id="second image-regions", marks=pytest.mark.matrix),
@@ -149,7 +149,11 @@ def test_a_second_turn(kind, mode, images, door):
 
 @pytest.mark.parametrize(
     ("mode", "images", "door"),
-    [("vla", (True, True), DOORS[1]), ("vla", (True, False), "torch.compile"), ("vla_scores", (True, True), DOORS[0])],
+    [
+        pytest.param("vla", (True, True), DOORS[1], marks=pytest.mark.matrix),
+        pytest.param("vla", (True, False), "torch.compile", marks=pytest.mark.matrix),
+        ("vla_scores", (True, True), DOORS[0]),
+    ],
 )
 def test_a_second_turn_on_a_compact_cache(mode, images, door):
     """Whose lazy layers have no keys of the first image. The other doors and turns are `matrix`."""

@@ -15,7 +15,7 @@ from avl_fx import AVLCache, Plan
 from avl_fx.errors import UnsupportedPlanError
 from avl_fx.passes.site import Reason
 from avl_fx.record import recording
-from tests.e2e._covering import one_each
+from tests.e2e._covering import one_each, rest_in_matrix
 from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
 from tests.e2e.test_avl import as_oracle, converse
 from tests.oracle import avl_oracle
@@ -79,7 +79,10 @@ def test_a_filtered_prompt_equals_the_oracle_everywhere(case):
     check(*case)
 
 
-@pytest.mark.parametrize("case", [("llava", 3, "paper", "dense"), ("qwen2_5_vl", 1, "text", "vla_scores")], ids=ids)
+COMPILED = [("llava", 3, "paper", "dense"), ("qwen2_5_vl", 1, "text", "vla_scores")]
+
+
+@pytest.mark.parametrize("case", rest_in_matrix(COMPILED, COMPILED[:1]), ids=ids)
 def test_a_filtered_prompt_equals_the_oracle_through_inductor(case):
     check(*case, compiler="inductor")
 
@@ -119,7 +122,7 @@ def unfiltered(model, inputs, cache="dynamic", plan=PLAN, door="avl_fx.compile",
 TOKENS = torch.arange(20, 24).repeat(3, 1)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.matrix)])
 def test_a_stock_cache_keeps_every_token(cache):
     model = ZOO["llava"].make()
     inputs = ZOO["llava"].inputs(model, batch=1)
@@ -133,6 +136,7 @@ def test_a_graph_of_one_length_keeps_every_token():
     assert unfiltered(model, inputs, "compact", door="torch.compile").startswith(Reason.FILTER_LENGTH)
 
 
+@pytest.mark.matrix
 def test_a_graph_whose_sizes_may_not_depend_on_data_keeps_every_token():
     model = ZOO["llava"].make()
     inputs = ZOO["llava"].inputs(model, batch=1)
@@ -147,6 +151,7 @@ def test_features_that_enter_behind_the_filter_keep_every_token():
     assert unfiltered(model, inputs, "compact").startswith(Reason.FILTER_GRAPH)
 
 
+@pytest.mark.matrix
 def test_sliding_layers_keep_every_token():
     model = ZOO["gemma3"].make()
     inputs = ZOO["gemma3"].inputs(model, batch=1)
@@ -289,7 +294,7 @@ def test_rows_of_dropped_tokens_are_nan(model):
     assert lost.sum(1).tolist() == [int(counts.min())] * 3, "others fill their rows up"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.matrix)])
 def test_half_precision(dtype):
     model = ZOO["llava"].make().to(dtype)
     inputs = ZOO["llava"].inputs(model, batch=3)

@@ -1,21 +1,30 @@
 """Decoding does not recompile: after the second step, 64 steps run on what is there."""
 
+import itertools
+
 import pytest
 import torch
 
 import avl_fx
 from avl_fx import Plan
 from avl_fx.errors import CaptureError
+from tests.e2e._covering import rest_in_matrix
 from tests.e2e._doors import decoder_graphs, decoder_sites, through
 from tests.zoo import ZOO
 from tests.zoo._run import prefill_and_decode
 
 STEPS = 64
+LAZY = Plan.lazy([(0, 1), (2, 3)])
 
 
-@pytest.mark.parametrize("plan", [None, Plan.lazy([(0, 1), (2, 3)])], ids=["identity", "lazy"])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    ("name", "cache", "plan"),
+    rest_in_matrix(
+        [*itertools.product(("llava", "qwen2_5_vl"), ("dynamic", "static"), (None, LAZY))],
+        [("llava", "dynamic", LAZY), ("llava", "static", None), ("qwen2_5_vl", "dynamic", None)],
+        apart=True,
+    ),
+)
 def test_no_recompile_after_the_second_decode_step(name, cache, plan):
     check(name, cache, plan)
 

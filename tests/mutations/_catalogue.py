@@ -53,6 +53,10 @@ SPREAD, SECOND = "tests/passes/test_spread_keys.py", "tests/e2e/test_lazy_modes.
 RESOLVE, STORED, COMPACT = f"{P}resolve_rows.py", "tests/avl_fx/test_stored_rows.py", "tests/e2e/test_compact_cache.py"
 
 
+FEWER, FILTER = f"{P}fewer_rows.py", "tests/e2e/test_prefill_filter.py -m 'not matrix'"
+SURVIVORS = "tests/kernels/test_survivors.py"
+
+
 def _in(file: str, *mutations: tuple[str, str, str, str]) -> list[Mutation]:
     return [Mutation(name, file, old, new, tuple(shlex.split(tests))) for name, old, new, tests in mutations]
 
@@ -929,12 +933,66 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "weigh rows for places where they are not",
-            "elif moves and _weighs(",
-            "elif False and _weighs(",
+            "elif moves and weighs_keys(",
+            "elif False and weighs_keys(",
             "tests/e2e/test_position_bias.py",
         ),
         ("overwrite rows of other tokens", "if start >= partition.length:", "if True:", REWOUND),
+        ("drop tokens of a prompt in pieces", "int(whole and not learns)", "int(not learns)", f"{FILTER} -k pieces"),
+        ("drop tokens while learning", "int(whole and not learns)", "int(whole)", f"{FILTER} -k gradients"),
         ("go on from a prompt that was overwritten", "if length > queries else None", "", f"{REWOUND} -k another"),
+    ),
+    *_in(
+        "kernels/survivors/aten.py",
+        ("drop the end", "visual & (position < tokens - tail)", "visual", SURVIVORS),
+        ("drop the best", "descending=True", "descending=False", SURVIVORS),
+        ("of equal scores drop any", "descending=True, stable=True", "descending=True", SURVIVORS),
+        ("call fillers valid", "return rows, ~fillers.gather(1, rows)", "return rows, rows >= 0", SURVIVORS),
+        ("drop though the mask weighs keys", " and not weighs_keys(last_mask, tokens)", "", SURVIVORS),
+        ("drop though nobody may", "int(may_drop) and ", "", SURVIVORS),
+    ),
+    *_in(
+        "passes/fewer_rows.py",
+        ("let anything pick positions", "if _tail(node, self.tokens) is None:", "if False:", FEWER),
+        ("write to what others read", "if any(target not in self._values", "if False and any(target not in []", FEWER),
+        (
+            "take a constant for the batch",
+            "if isinstance(batch, int) and batch != 1:",
+            "if False:",
+            f"{FEWER} -k without_batch",
+        ),
+        (
+            "take a mask's rows alone",
+            "for dim in dims:\n            if self.alone:",
+            "for dim in dims[:1]:\n            if self.alone:",
+            FEWER,
+        ),
+        ("leave what was inserted", "            self.roll_back()\n            raise", "            raise", FEWER),
+        ("count the end by one", "return -part if isinstance(part, int)", "return 1 if isinstance(part, int)", FEWER),
+    ),
+    *_in(
+        "passes/filter_prompt.py",
+        (
+            "filter what a stock cache has to keep",
+            "if ctx.compact is None:",
+            "if False:",
+            f"{FILTER} -k stock",
+        ),
+        (
+            "filter a later turn",
+            "if any(tensor is not None and tensor.before is not None",
+            "if any(False",
+            f"{FILTER} -k second_turn",
+        ),
+        (
+            "let fillers be seen",
+            "if not shortened.alone:\n        _hide",
+            "if False:\n        _hide",
+            f"{FILTER} -k whole_model",
+        ),
+        ("let dropped tokens score", "LEAST = -1.0", "LEAST = 2.0", f"{FILTER} -k many_lengths"),
+        ("cut anywhere", "if furthest <= at[node] and", "if", f"{FILTER} -k many_lengths"),
+        ("show rows that are not there", 'else float("nan")', "else 0.0", f"{FILTER} -k rows_of_dropped"),
     ),
     *_in(
         "avl_fx/reads.py",
