@@ -65,6 +65,7 @@ def main(
     batch: Annotated[int, typer.Option(min=2)] = 16,
     compiler: str = "eager",
     ablation: Annotated[bool, typer.Option("--ablations", help="A-VL, a setting at a time")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="contenders whose names hold one of these words")] = None,
     limit: Annotated[int | None, typer.Option(help="batches of each data set at most", min=1)] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="eight questions a task, 30% of the keys, no lazy plans")
@@ -90,6 +91,10 @@ def main(
             ways = ablations(budgets[0], blocks[-1] if blocks else (), layers, compiler)
         else:
             ways = contenders(budgets, blocks, layers, compiler, tuned)
+        if only:
+            ways = {way: contender for way, contender in ways.items() if any(word in way for word in only)}
+            if not ways:
+                raise typer.BadParameter(f"no contender's name holds {' or '.join(only)}")
         folder = output / (f"{name}{ABLATIONS}" if ablation else name)
         report = avl_fx.evaluate(model, task, ways, output=folder, limit=limit)
         facts = machine() | {"adapter": adapter.stem}

@@ -124,6 +124,7 @@ def ablations(share: float, blocks: Blocks, layers: int, compiler: str) -> dict[
         "scored by the last 8 rows, half spread": {"scoring_window": 8, "spread": 0.5},
         "scores for each KV head": {"scores": "per_kv_head"},
         "scored by the last 32 rows, for each KV head": {"scoring_window": 32, "scores": "per_kv_head"},
+        "half of the visual tokens dropped behind layer 2": {"prefill": max(0.5, share)},
         "text 60%, forgetting": {"text": 0.6},
         "text 60%, H2O": {"text": 0.6, "decay": "none"},
         "text 30%, forgetting": {"text": 0.3},

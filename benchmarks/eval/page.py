@@ -68,7 +68,8 @@ DIFFERENCES = (
     (
         "The prompt is dense",
         "A-VL drops half of the visual tokens behind layer 2",
-        "The filter is not built yet. So the first token is the dense one, and short answers show little",
+        "Controls choose at the end of a prompt, too. So the first token is the dense one, and short answers show "
+        "little; `Plan.avl(prefill=0.5)` is what the paper does",
     ),
     (
         "Text is kept whole, but for two ablations",

@@ -188,16 +188,20 @@ def test_a_whole_model_of_any_length_is_filtered_too(model):
     assert largest(got, expected) <= FLOAT32_TOLERANCE
 
 
-def test_prompts_of_many_lengths_take_one_graph(model):
-    """Lengths, pictures, and how many tokens are dropped are data; batch sizes are not."""
-    prompts = [cut(ZOO["llava"].inputs(model, batch=1, seed=seed), behind) for seed, behind in ((0, 0), (1, 2), (2, 5))]
+@pytest.mark.parametrize("batches", [(1, 1, 1), (3, 2, 4)], ids=["alone", "ragged"])
+def test_prompts_of_many_lengths_take_one_graph(model, batches):
+    """Lengths, batch sizes but for 1, pictures, and how many tokens are dropped are data."""
+    cuts = zip(batches, (0, 2, 5), strict=True)
+    prompts = [cut(ZOO["llava"].inputs(model, batch=n, seed=i), behind) for i, (n, behind) in enumerate(cuts)]
     expected = []
     for inputs in prompts:
         with oracle(model, ZOO["llava"].visual_positions(model, inputs)):
-            expected.append(prefill_and_decode(model, inputs, "dynamic", steps=3, tokens=TOKENS[:1]))
+            tokens = TOKENS[:1].repeat(len(inputs["input_ids"]), 1)
+            expected.append(prefill_and_decode(model, inputs, "dynamic", steps=3, tokens=tokens))
     with through("avl_fx.compile", model, compiler="eager", plan=PLAN) as recorder:
         for inputs, logits in zip(prompts, expected, strict=True):
-            got = prefill_and_decode(model, inputs, AVLCache(PLAN, model.config), steps=3, tokens=TOKENS[:1])
+            tokens = TOKENS[:1].repeat(len(inputs["input_ids"]), 1)
+            got = prefill_and_decode(model, inputs, AVLCache(PLAN, model.config), steps=3, tokens=tokens)
             assert largest(got, logits) <= FLOAT32_TOLERANCE
     queries = [str(decoder_sites(graph)[0].queries) for graph in decoder_graphs(recorder)]
     assert sum(count != "1" for count in queries) == 1, queries

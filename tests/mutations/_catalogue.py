@@ -311,7 +311,7 @@ MUTATIONS: list[Mutation] = [
             "read own keys for the anchor's",
             "anchor_key=theirs)",
             "anchor_key=key)",
-            f"{MODES} -k 'on_a_compact_cache and vla-'",
+            "tests/e2e/test_lazy_modes.py -k 'second_turn_on_a_compact_cache and vla-'",
         ),
         (
             "inherit text instead of images",
