@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avl_fx.kernels.attention import LOWERINGS, attention_reference
+from avl_fx.kernels.attention.fused import fused_attention
 from avl_fx.passes.nodes import op
 from tests.passes._graphs import rewrite
 
@@ -304,3 +305,19 @@ def test_lowered_lengths_stay_symbolic(value_dim: int) -> None:
 
     rewritten = rewrite(attend, query, key, value)
     assert rewritten.outputs[0].shape == (2, 8, 5, value_dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", ["none", "causal", "bool", "additive"])
+def test_as_one_operator_it_is_the_same(masked: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, n, 7, 8, generator=generator).to(dtype) for n in (4, 2, 2))
+    mask = None
+    if masked in ("bool", "additive"):
+        mask = torch.rand(2, 1, 7, 7, generator=generator) > 0.3
+        mask = mask if masked == "bool" else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    arguments = query, key, value, mask, 0.3, masked == "causal"
+    found = fused_attention(*arguments)
+    assert torch.equal(found, LOWERINGS["cpu"](*arguments))
+    assert found.is_contiguous()
+    torch.library.opcheck(torch.ops.avl.fused_attention.default, arguments)
