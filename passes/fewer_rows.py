@@ -18,7 +18,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from avl_fx.passes.nodes import fake, mutated_inputs, op, shape
+from avl_fx.passes.nodes import fake, mutated_inputs, op, places, shape
 from avl_fx.passes.rewrite import insert_call
 
 __all__ = ["CannotShorten", "FewerRows", "tail_of"]
@@ -28,6 +28,12 @@ _READS_POSITIONS = frozenset({"attention", "visual_scores"})
 
 _READS_NOTHING = frozenset({"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"})
 """Take the dtype and the device of a tensor."""
+
+_MIXES_POSITIONS = frozenset(
+    {"cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "roll", "flip", "sort", "argsort", "conv1d", "conv2d"}
+    | {"scaled_dot_product_attention", "flex_attention"}
+)
+"""Hand tokens on to others in ways that nothing here understands; what only fills up a batch row would come along."""
 
 
 class CannotShorten(Exception):
@@ -63,8 +69,10 @@ class FewerRows:
         self._taken: dict[fx.Node, fx.Node] = {}
         self._values: dict[fx.Node, Any] = {}
         self._arguments: dict[fx.Node, tuple[Any, Any]] = {}
+        depending = list(_depending(cut))
+        self._written = _written_behind(cut, depending)
         try:
-            for node in _depending(cut):
+            for node in depending:
                 self._rerun(node)
         except BaseException:
             self.roll_back()
@@ -134,6 +142,7 @@ class FewerRows:
         except Exception as error:
             raise CannotShorten(f"{node.name}: {str(error).splitlines()[0] if str(error) else error!r}") from error
         self._compare(node, old, new)
+        self._check_mixing(node, old)
         self._check_reduction(node, old)
         self._values[node] = new
         self._arguments[node] = (args, kwargs)
@@ -158,6 +167,16 @@ class FewerRows:
         wanted = old if isinstance(old, int) else old.subs(self.tokens, self.left.node.expr)
         return bool(wanted == new)
 
+    def _check_mixing(self, node: fx.Node, old: Any) -> None:
+        """Nothing but attention that is understood lets one token see another."""
+        if op(node) in _MIXES_POSITIONS:
+            raise CannotShorten(f"{node.name} may mix tokens")
+        for size in (size for value in _sized(old) if isinstance(value, torch.Tensor) for size in value.shape):
+            if isinstance(size, torch.SymInt) and self._has_tokens(size) and size.node.expr.is_Add:
+                raise CannotShorten(f"{node.name} shifts tokens")
+        if not self.alone and isinstance(old, torch.Tensor) and len(_dims_of(node, self.tokens)) > 1:
+            raise CannotShorten(f"{node.name} relates tokens to each other")
+
     def _check_reduction(self, node: fx.Node, old: Any) -> None:
         """Positions are counted from the end of the sequence, or not at all."""
         if op(node) in _READS_POSITIONS | _READS_NOTHING or not isinstance(old, torch.Tensor) or self._has_tokens(old):
@@ -180,6 +199,8 @@ class FewerRows:
             return source
         if not isinstance(value, torch.Tensor):
             raise CannotShorten(f"{source.name} is no tensor")
+        if places(source) & self._written:
+            raise CannotShorten(f"{source.name} is written to")
         if source not in self._taken:
             self._taken[source] = self._take(source, before)
         return self._taken[source]
@@ -288,6 +309,18 @@ def _depending(cut: fx.Node) -> Iterator[fx.Node]:
             depends.add(node)
             yield node
         node = node.next
+
+
+def _written_behind(cut: fx.Node, depending: list[fx.Node]) -> frozenset[Any]:
+    """Where anything but ``depending`` is written behind ``cut``: what is taken from there may be out of date."""
+    own, node = set(depending), cut.next
+    written: set[Any] = set()
+    while node.op != "root":
+        for target in mutated_inputs(node):
+            if target not in own:
+                written |= places(target)
+        node = node.next
+    return frozenset(written)
 
 
 def _sized(value: Any) -> list[Any]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from avl_fx.kernels import attention as _attention  # noqa: F401
 from avl_fx.kernels.survivors import survivors
 from avl_fx.passes.fewer_rows import CannotShorten, FewerRows, tail_of
 from avl_fx.passes.nodes import op
@@ -29,7 +30,7 @@ def beside(h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
 def attention(h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     q, k, v = (F.linear(t, WEIGHT).view(len(h), x.shape[1], HEADS, -1).transpose(1, 2) for t in (h, h, x))
     k = torch.cat([k.new_empty(len(h), HEADS, 0, DIM // HEADS), k], 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = torch.ops.avl.attention(q, k, v, mask, 0.5, False, 0)
     return out.transpose(1, 2).reshape(len(h), x.shape[1], -1) + h
 
 
@@ -45,11 +46,17 @@ def the_end(h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
 
 
 ACCEPTED = (rotated, beside, attention, own_buffer, the_end)
-SCRATCH = torch.zeros(3, 40, DIM)
 
 
 def writes(h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     return x.add_(h) + h
+
+
+def written_later(h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    y = x * 2
+    before = h + y
+    y.mul_(3.0)
+    return before + (h + y)
 
 
 REFUSED = {
@@ -59,6 +66,10 @@ REFUSED = {
     "nonzero": lambda h, x, mask: h[h > 0],
     "counted": lambda h, x, mask: h.repeat(1, x.shape[1] * 2, 1)[:, -1],
     "writes": writes,
+    "written later": written_later,
+    "running sum": lambda h, x, mask: h.cumsum(1),
+    "shifted": lambda h, x, mask: h + F.pad(h, (0, 0, 1, 0))[:, :-1],
+    "attention of its own": lambda h, x, mask: F.scaled_dot_product_attention(h, h, h),
 }
 
 
