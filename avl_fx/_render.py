@@ -236,7 +236,7 @@ def _savings_table(savings: Iterable[SavingsReport]) -> Table:
     savings = tuple(savings)
     changed = any(phase.attention != phase.attention_plan_flops for phase in savings)
     attention = "attention" if changed else "attention (unchanged)"
-    table = ascii_table("one forward", "matmuls with a weight", "q and k projections", "RoPE", attention)
+    table = ascii_table("one forward", "matmuls with a weight", "of these saved", "RoPE", attention)
     for phase in savings:
         saved = phase.linear_before - phase.linear_after
         table.add_row(

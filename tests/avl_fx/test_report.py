@@ -110,7 +110,7 @@ def test_table_says_what_matters(llava):
         "Decoder model.language_model.layers: 4 layers of 4, heads 4, KV heads 2, head dim 16",
         "1 x 66, 1 x n + 1",
         "28 -> 24",
-        "q and k projections",
+        "of these saved",
         "137 -> 103 kFLOP",
         "keys of layers 2-3 are not stored",
         "tracing and compiling",

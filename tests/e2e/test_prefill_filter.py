@@ -315,3 +315,20 @@ def test_a_plan_that_no_cache_could_follow_is_refused(model):
     across = PLAN.combine(Plan.lazy([(0, 2)]))
     with pytest.raises(UnsupportedPlanError, match="filter after layer 2"):
         avl_fx.compile(model, across)
+
+
+def test_explain_says_what_is_dropped_and_what_that_saves(model):
+    inputs = ZOO["llava"].inputs(model, batch=1)
+    cache = AVLCache(PLAN, model.config)
+    report = avl_fx.explain(model, PLAN, front_door="avl_fx.compile", past_key_values=cache, **inputs)
+    text = " ".join(str(report).split())
+    assert "dense, then partitioned, on 0.6 of the visual tokens" in text
+    (prompt,) = (phase for phase in report.savings if phase.phase == "prefill")
+    visual = int(ZOO["llava"].visual_positions(model, inputs).sum())
+    tokens = inputs["input_ids"].shape[1]
+    left = tokens - (visual - int(0.6 * visual))
+    encoder = sum(g.linear_flops_before for g in report.graphs if not g.decoder_layers)
+    layers = ZOO["llava"].decoder_layers
+    # Layer 0 runs on everything, the others on what is left.
+    shares = (1 + (layers - 1) * left / tokens) / layers
+    assert prompt.linear_after - encoder == pytest.approx((prompt.linear_before - encoder) * shares, rel=0.01)
