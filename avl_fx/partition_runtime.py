@@ -55,10 +55,10 @@ class PartitionRuntime:
     """Outputs beyond the model's own: the scores of each layer that is scored, then as the next two say."""
     has_positions: bool
     has_last_mask: bool
-    filters: bool
-    """Whether a prompt drops visual tokens on its way, where it is told that it may."""
     weight: int | None
     """Input with a weight of the model; one compiled graph may serve several models."""
+    filters: bool = False
+    """Whether a prompt drops visual tokens on its way, where it is told that it may."""
 
     @classmethod
     def of(cls, plan: Plan, io: PartitionIO) -> PartitionRuntime:
@@ -72,8 +72,8 @@ class PartitionRuntime:
             len(io.returned()),
             io.positions is not None,
             io.last_mask is not None,
-            io.left is not None,
             io.weight,
+            io.left is not None,
         )
 
     # ---- before the call -------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_a_budget_is_what_is_kept():
 
 def test_ablations_change_one_thing_each():
     found = ablations(0.3, BLOCKS, 30, "eager")
-    assert len({way.identity for way in found.values()}) == len(found) == 19 + 3
+    assert len({way.identity for way in found.values()}) == len(found) == 20 + 3
     assert all(way.budget == pytest.approx(0.3 * CORE_OF_SECONDARY) for way in found.values())
 
 

@@ -405,8 +405,8 @@ MUTATIONS: list[Mutation] = [
         "passes/lower.py",
         (
             "forget the mask",
-            "LOWERINGS[site.device], query, key, value, mask, scale, is_causal",
-            "LOWERINGS[site.device], query, key, value, None, scale, is_causal",
+            "arguments = query, key, value, mask, scale, is_causal",
+            "arguments = query, key, value, None, scale, is_causal",
             f"{FIND} -k 'additive and dynamic'",
         ),
         ("forget the layout", 'if site.style == "softmax" and _layout_matters(node):', "if False:", LOWER),
@@ -798,7 +798,7 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "spread from what is not there",
-            "order.masked_fill(scores == -torch.inf, _MASK + 1)",
+            "order.masked_fill(scores < 0, _MASK + 1)",
             "order",
             STATE,
         ),
