@@ -946,7 +946,7 @@ MUTATIONS: list[Mutation] = [
         "kernels/survivors/aten.py",
         ("drop the end", "visual & (position < tokens - tail)", "visual", SURVIVORS),
         ("drop the best", "descending=True", "descending=False", SURVIVORS),
-        ("of equal scores drop any", "descending=True, stable=True", "descending=True", SURVIVORS),
+        ("drop one fewer", "(rank >= stay)", "(rank > stay)", SURVIVORS),
         ("call fillers valid", "return rows, ~fillers.gather(1, rows)", "return rows, rows >= 0", SURVIVORS),
         ("drop though the mask weighs keys", " and not weighs_keys(last_mask, tokens)", "", SURVIVORS),
         ("drop though nobody may", "int(may_drop) and ", "", SURVIVORS),
@@ -954,12 +954,11 @@ MUTATIONS: list[Mutation] = [
     *_in(
         "passes/fewer_rows.py",
         ("let anything pick positions", "if _tail(node, self.tokens) is None:", "if False:", FEWER),
-        ("write to what others read", "if any(target not in self._values", "if False and any(target not in []", FEWER),
         (
             "take a constant for the batch",
             "if isinstance(batch, int) and batch != 1:",
             "if False:",
-            f"{FEWER} -k without_batch",
+            f"{FEWER} -k constant",
         ),
         (
             "take a mask's rows alone",

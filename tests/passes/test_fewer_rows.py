@@ -68,7 +68,7 @@ REFUSED = {
     "writes": writes,
     "written later": written_later,
     "running sum": lambda h, x, mask: h.cumsum(1),
-    "shifted": lambda h, x, mask: h + F.pad(h, (0, 0, 1, 0))[:, :-1],
+    "shifted": lambda h, x, mask: h + torch.cat([h.new_zeros(len(h), 1, DIM), h], 1)[:, 1:],
     "attention of its own": lambda h, x, mask: F.scaled_dot_product_attention(h, h, h),
 }
 
@@ -78,7 +78,9 @@ class Outcome:
     tail = 0
 
 
-def run(body, batch: int, lengths: tuple[int, ...], outcome: Outcome) -> list[tuple[Tensor, Tensor, Tensor]]:
+def run(
+    body, batch: int, lengths: tuple[int, ...], outcome: Outcome, any_batch: bool = True
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each length: what the body gives, what the rewritten graph gives, and which rows are left."""
 
     def function(x: Tensor, may: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +116,7 @@ def run(body, batch: int, lengths: tuple[int, ...], outcome: Outcome) -> list[tu
             generator = torch.Generator().manual_seed(seed)
             x = torch.randn(batch, length, DIM, generator=generator)
             given = x.clone()
-            for dim in (0, 1) if batch > 1 else (1,):
+            for dim in (0, 1) if batch > 1 and any_batch else (1,):
                 torch._dynamo.mark_dynamic(given, dim)
             got, rows = compiled(given, torch.ones(1, dtype=torch.int32))
             mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None].repeat(batch, 1, 1, 1)
@@ -180,3 +182,10 @@ def test_a_tensor_without_batch_is_refused_where_batch_rows_differ(body):
     run(body, 3, (17,), several)
     assert single.refusal is None
     assert several.refusal
+
+
+def test_a_batch_size_that_is_a_constant_is_refused():
+    """Any other dimension may have that size."""
+    outcome = Outcome()
+    run(rotated, 3, (17,), outcome, any_batch=False)
+    assert outcome.refusal == "the batch size is a constant"
