@@ -20,8 +20,26 @@ for _library in sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*")):
     ctypes.CDLL(str(_library), mode=ctypes.RTLD_GLOBAL)
 
 
+FROZEN_EVERY = 8
+"""Tests from one freeze to the next."""
+_run_since = 0
+
+
 def pytest_collection_finish():
     """Everything imported so far stays. Dynamo collects garbage at each reset, and would go over all of it."""
+    _freeze()
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """What a test leaves behind stays, too: caches of Dynamo, Inductor and sympy grow to millions of objects."""
+    global _run_since
+    _run_since += 1
+    if _run_since >= FROZEN_EVERY:
+        _run_since = 0
+        _freeze()
+
+
+def _freeze():
     gc.collect()
     gc.freeze()
 
