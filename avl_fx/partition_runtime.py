@@ -123,8 +123,6 @@ class PartitionRuntime:
             args: the graph's inputs.
             prompt: its batch size and length, where the graph is told its visual positions; ``None``: it knows them.
         """
-        if not self.filters:
-            return ()
         told, like = given(), next(x for x in args if isinstance(x, Tensor) and x.is_floating_point())
         # Of a prompt in pieces, the cache is partitioned when it is complete.
         whole = prompt is None or told is None or told.shape == prompt
@@ -343,8 +341,8 @@ class PartitionRuntime:
         return [
             (tensor.after, layer.keyless and tensor is layer.key)
             for layer in self.layers
-            for tensor in (layer.key, layer.value)
-            if tensor is not None and tensor.after is not None
+            for tensor in layer.cached
+            if tensor.after is not None
         ]
 
     def _step(
@@ -448,7 +446,7 @@ class PartitionRuntime:
 
     def _ordered(self) -> list[tuple[CachedTensor, int]]:
         """Keys and values, each with the layer that decides their order."""
-        return [(c, layer.scores_from) for layer in self.layers for c in (layer.key, layer.value) if c is not None]
+        return [(cached, layer.scores_from) for layer in self.layers for cached in layer.cached]
 
     def _cached(self) -> list[CachedTensor]:
         return [cached for cached, _ in self._ordered()]

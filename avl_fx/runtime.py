@@ -99,9 +99,7 @@ class CompiledGraph:
         ranges = self._ranges(args, state)
         inputs = args if self.growing is None else self.growing.before(args)
         new, past = self._visual_ranges(args, state)
-        prompt = None if self.visual is None else self.visual.sizes(args)
-        told = () if self.partition is None else self.partition.may_drop(args, prompt)
-        outputs = list(self.compiled(*inputs, *columns, *new, *ranges, *past, *told))
+        outputs = list(self.compiled(*inputs, *columns, *new, *ranges, *past, *self._may_drop(args)))
         rows = _taken_off(outputs, 0 if self.observed is None else self.observed.returned)
         returned = _taken_off(outputs, 0 if self.partition is None else self.partition.returned)
         visual = outputs.pop() if self.returns_visual else None
@@ -140,6 +138,12 @@ class CompiledGraph:
         else:
             tokens = args[self.past[0]].shape[2] if self.past else None
         return self.visual.new(args, tokens, self._carried(args)), self.visual.past(args, state)
+
+    def _may_drop(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Whether a prompt may drop tokens on its way, where the graph asks."""
+        if self.partition is None or not self.partition.filters:
+            return ()
+        return self.partition.may_drop(args, None if self.visual is None else self.visual.sizes(args))
 
     def _carried(self, args: Sequence[Any]) -> Tensor | None:
         # Asked at every step: most inputs are weights.

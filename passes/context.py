@@ -167,6 +167,11 @@ class PartitionedLayer:
     """A lazy layer that takes from its anchor what it needs of visual keys: a compact cache stores none for it."""
 
     @property
+    def cached(self) -> tuple[CachedTensor, ...]:
+        """Keys, where it has its own, and values."""
+        return (self.value,) if self.key is None else (self.key, self.value)
+
+    @property
     def decides(self) -> bool:
         """Whether which keys matter is decided here; a lazy layer follows its anchor."""
         return self.scores_from == self.layer
@@ -200,8 +205,6 @@ class PartitionIO:
 class PromptFilter:
     """How a graph that drops visual tokens on the way and the runtime meet."""
 
-    may_drop: fx.Node
-    """An input of the graph, int32 ``[1]``: whether it may."""
     keep: float
     """The share of them that stays."""
     left: Any

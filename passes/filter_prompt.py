@@ -12,6 +12,7 @@ How many tokens are dropped is data: one graph serves every prompt.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def _why_not(ctx: PassContext, behind: list[Site]) -> tuple[Reason, str] | None:
     assert io is not None
     if ctx.compact is None:
         return Reason.FILTER_CACHE, ""
-    if any(tensor is not None and tensor.before is not None for x in io.layers for tensor in (x.key, x.value)):
+    if any(tensor.before is not None for layer in io.layers for tensor in layer.cached):
         return Reason.FILTER_LATER, ""
     if ctx.visual is None:
         return Reason.VISUAL_UNKNOWN, ""
@@ -95,8 +96,8 @@ def _filter(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> tuple[R
         return Reason.FILTER_LENGTH, "avl_fx.compile, or torch.compile(dynamic=True), leaves it open"
     if not sizes[1].node.shape_env.allow_dynamic_output_shape_ops:
         return Reason.FILTER_SIZES, "avl_fx.compile, or torch._dynamo.config.capture_dynamic_output_shape_ops, lets it"
-    deciding = next(layer.scores_from for layer in io.layers if layer.layer == policy.after_layer)
-    scores = next(layer.weights for layer in io.layers if layer.layer == deciding)
+    layers = {layer.layer: layer for layer in io.layers}
+    scores = layers[layers[policy.after_layer].scores_from].weights
     flags, result.new_inputs = new_flags(gm, ctx)
     if flags is None or scores is None:
         return Reason.VISUAL_UNKNOWN, ""
@@ -118,7 +119,7 @@ def _filter(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> tuple[R
     if not shortened.alone:
         _hide_fillers(shortened, valid)
     _put_back(gm, ctx, shortened, valid)
-    ctx.prompt_filter = PromptFilter(may_drop, policy.keep, shortened.left)
+    ctx.prompt_filter = PromptFilter(policy.keep, shortened.left)
     io.left = valid
     return None
 
@@ -154,8 +155,16 @@ def _choose(before: fx.Node, *arguments: Any) -> fx.Node:
 def _caches(ctx: PassContext) -> set[int]:
     """Positions of the outputs that are keys and values of partitioned layers."""
     assert ctx.partition is not None
-    stored = (tensor for layer in ctx.partition.layers for tensor in (layer.key, layer.value))
-    return {tensor.after for tensor in stored if tensor is not None and tensor.after is not None}
+    stored = (tensor for layer in ctx.partition.layers for tensor in layer.cached)
+    return {tensor.after for tensor in stored if tensor.after is not None}
+
+
+def _leaving(gm: fx.GraphModule, ctx: PassContext, shortened: FewerRows) -> Iterator[tuple[int, fx.Node]]:
+    """What runs on fewer positions and is returned, and at which position of the outputs."""
+    emptied = ctx.emptied()
+    for position, node in enumerate(_outputs(gm).args[0]):  # type: ignore[arg-type]
+        if shortened.depends(node) and position not in emptied:
+            yield position, node
 
 
 def _check_outputs(gm: fx.GraphModule, ctx: PassContext, shortened: FewerRows) -> None:
@@ -164,16 +173,15 @@ def _check_outputs(gm: fx.GraphModule, ctx: PassContext, shortened: FewerRows) -
     Raises:
         CannotShorten: something cannot.
     """
-    for position, node in enumerate(_outputs(gm).args[0]):  # type: ignore[arg-type]
-        if not shortened.depends(node) or position in ctx.emptied():
-            continue
+    caches = _caches(ctx)
+    for position, node in _leaving(gm, ctx, shortened):
         value = fake(node)
         if not isinstance(value, torch.Tensor):
             raise CannotShorten(f"{node.name}, no tensor, is returned")
         dims = shortened.dims_of(node)
         if dims and (len(dims) > 1 or not value.is_floating_point()):
             raise CannotShorten(f"{node.name} is returned, of {tuple(value.shape)} in {value.dtype}")
-        if dims and value.dim() > 3 and position not in _caches(ctx):
+        if dims and value.dim() > 3 and position not in caches:
             raise CannotShorten(f"{node.name} is returned, which may be a cache")
     assert ctx.partition is not None
     for layer in ctx.partition.layers:
@@ -208,8 +216,8 @@ def _put_back(gm: fx.GraphModule, ctx: PassContext, shortened: FewerRows, valid:
     """
     output, caches = _outputs(gm), _caches(ctx)
     returned = list(output.args[0])  # type: ignore[arg-type]
-    for position, node in enumerate(returned):
-        if shortened.depends(node) and position not in ctx.emptied() and shortened.dims_of(node):
+    for position, node in _leaving(gm, ctx, shortened):
+        if shortened.dims_of(node):
             fill = 0.0 if position in caches else float("nan")
             returned[position] = shortened.put_back(node, output, fill)
     output.args = (tuple(returned),)
@@ -227,15 +235,20 @@ def _outputs(gm: fx.GraphModule) -> fx.Node:
     return next(n for n in gm.graph.nodes if n.op == "output")
 
 
+def _positions(valid: Tensor) -> Tensor:
+    """1, 2, ... int64 ``[left]``"""
+    return torch.cumsum(torch.ones_like(valid[0], dtype=torch.int64), 0)
+
+
 def _shown(valid: Tensor) -> Tensor:
     """bool ``[batch, 1, left, left]``: valid tokens, and each token itself."""
-    position = torch.cumsum(torch.ones_like(valid[0], dtype=torch.int64), 0)
+    position = _positions(valid)
     itself = torch.eq(position[:, None], position[None])
     return torch.logical_or(valid[:, None, None], itself)
 
 
 def _causal(valid: Tensor) -> Tensor:
-    position = torch.cumsum(torch.ones_like(valid[0], dtype=torch.int64), 0)
+    position = _positions(valid)
     return torch.logical_and(_shown(valid), torch.ge(position[:, None], position[None]))
 
 

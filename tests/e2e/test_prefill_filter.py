@@ -3,7 +3,6 @@
 Every model of the zoo with visual positions among its keys, on the cache that does not store what is dropped.
 """
 
-import contextlib
 import itertools
 
 import pytest
@@ -101,20 +100,17 @@ def refusals(recorder):
     return found.pop()
 
 
-def unfiltered(model, inputs, cache="dynamic", plan=PLAN, door="avl_fx.compile", told=False, **options):
+def unfiltered(model, inputs, cache="dynamic", door="avl_fx.compile", **options):
     """Logits under the plan equal those of the same plan without its filter; returns why."""
-    zoo_visual = ZOO["llava"].visual_positions(model, inputs) if told else None
-    always = avl_fx.modality_ids(zoo_visual) if told else contextlib.nullcontext()
-    bare = Plan(vision=plan.vision_policy)
 
     def run(chosen):
         past = AVLCache(chosen, model.config) if cache == "compact" else cache
         return prefill_and_decode(model, inputs, past, steps=4, tokens=TOKENS[: len(inputs["input_ids"])])
 
-    with through(door, model, compiler="eager", plan=bare, **options), always:
-        expected = run(bare)
-    with through(door, model, compiler="eager", plan=plan, **options) as recorder, always:
-        got = run(plan)
+    with through(door, model, compiler="eager", plan=UNFILTERED, **options):
+        expected = run(UNFILTERED)
+    with through(door, model, compiler="eager", plan=PLAN, **options) as recorder:
+        got = run(PLAN)
     assert largest(got, expected) <= FLOAT32_TOLERANCE
     return refusals(recorder)
 

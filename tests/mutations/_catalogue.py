@@ -982,7 +982,7 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "filter a later turn",
-            "if any(tensor is not None and tensor.before is not None",
+            "if any(tensor.before is not None",
             "if any(False",
             f"{FILTER} -k second_turn",
         ),
