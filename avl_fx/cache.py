@@ -113,12 +113,20 @@ class AVLLayer(DynamicLayer):
             )
 
 
+class CrossLayer(DynamicLayer):
+    """Keys and values of images, which cross-attention layers read: none of them belongs to a token of the text."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing: what is taken back is text."""
+
+
 class AVLCache(Cache):
     """A key/value cache that does not store what its plan leaves out.
 
     Args:
         plan: the plan that the model is compiled with: a `Plan`, its data, a path or a preset name.
-        config: configuration of the model. Layers that slide keep their own window, as in a DynamicCache.
+        config: configuration of the model. Layers that slide keep their own window, as in a DynamicCache, and
+            cross-attention layers all of theirs.
 
     Raises:
         PlanError: the plan is wrong.
@@ -142,8 +150,11 @@ class AVLCache(Cache):
 
     def _layers(self, config: Any) -> list[Any]:
         layers: list[Any] = []
-        for layer in DynamicCache(config=config).layers:
-            if type(layer) is DynamicLayer:
+        cross = getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ()
+        for index, layer in enumerate(DynamicCache(config=config).layers):
+            if index in cross:
+                layer = CrossLayer()
+            elif type(layer) is DynamicLayer:
                 leads = not any(isinstance(other, AVLLayer) for other in layers)
                 lossless = self.plan.is_lossless and not self.plan.spares_visual_keys
                 layer = AVLLayer(self._sequence, leads, self.plan.fingerprint(), lossless)

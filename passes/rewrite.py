@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from avl_fx.passes.nodes import METADATA_OPS, VIEW_OPS, fake, mutated_inputs, op, places, shape
+from avl_fx.passes.nodes import METADATA_OPS, VIEW_OPS, arg, fake, mutated_inputs, op, places, shape
 
 __all__ = ["add_input", "insert_call", "insert_traced", "remove_dead"]
 
@@ -166,10 +166,7 @@ def remove_dead(
         waiting = [node for node in writes if node not in live]
         read: set[Any] = set()
         for node in live if waiting else ():
-            if not _describes(node):
-                read.update(
-                    *(places(source) - (given_up if node.op == "output" else set()) for source in node.all_input_nodes)
-                )
+            read.update(*(places(source) - (given_up if node.op == "output" else set()) for source in _reads(node)))
         for node in waiting:
             if writes[node] & read:
                 mark(node)
@@ -185,6 +182,11 @@ def remove_dead(
     return dropped[::-1]
 
 
-def _describes(node: fx.Node) -> bool:
-    """Reads no element of its inputs: metadata, or a view that may itself be unread."""
-    return op(node) in METADATA_OPS or (op(node) in VIEW_OPS and node.op != "output")
+def _reads(node: fx.Node) -> list[fx.Node]:
+    """The inputs that ``node`` reads elements of: none for metadata, nor for a view, which may itself be unread."""
+    if node.op == "output" or op(node) not in METADATA_OPS | VIEW_OPS:
+        return node.all_input_nodes
+    source = arg(node, 0, "input")
+    others = [used for used in node.all_input_nodes if used is not source]
+    # `rows[order]` copies, and reads both.
+    return node.all_input_nodes if any(isinstance(fake(used), torch.Tensor) for used in others) else others

@@ -478,3 +478,33 @@ def test_without_visual_positions_it_stays_complete(model):
     assert decoder_graphs(recorder)
     assert largest(got, expected) <= FLOAT32_TOLERANCE
     assert cache.stored_bytes == cache.dense_bytes
+
+
+# ---- images that are not in the sequence -----------------------------------------------------------------------------
+
+
+def test_cross_attention_layers_keep_their_images():
+    """Mllama: keys of images stand in layers of their own, and are no tokens of the text."""
+    zoo = ZOO["mllama"]
+    model = zoo.make()
+    inputs = zoo.inputs(model, batch=3)
+    cross = [i for i, kind in enumerate(zoo.attention_kinds) if kind == "cross"]
+    plan = Plan.avl(core=0.3, secondary=0.5, refresh=3, text=0.5, text_minimum=4)
+    for chosen in (plan, PAPER):
+        stock = prefill_and_decode(model, inputs, "dynamic", steps=4)
+        with compiled(model, chosen):
+            expected = prefill_and_decode(model, inputs, "dynamic", steps=4, tokens=stock.tokens)
+            cache = AVLCache(chosen, model.config)
+            got = prefill_and_decode(model, inputs, cache, steps=4, tokens=stock.tokens)
+        assert largest(got, expected) <= FLOAT32_TOLERANCE
+        for layer in cross:
+            assert torch.equal(cache.layers[layer].keys, stock.cache.layers[layer].keys)
+
+    fed, images = cache.get_seq_length(), cache.layers[cross[0]].keys.clone()
+    cache.crop(-2)
+    assert cache.get_seq_length() == fed - 2
+    assert torch.equal(cache.layers[cross[0]].keys, images)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert torch.equal(cache.layers[cross[0]].keys, images[[2, 0, 0]])
+    cache.reset()
+    assert cache.stored_bytes == 0

@@ -139,6 +139,23 @@ def test_a_write_that_is_read_through_a_view_lives() -> None:
     assert counts(gm)["mul_"] == 1
 
 
+@pytest.mark.parametrize("as_index", [True, False], ids=["index", "source"])
+def test_a_write_that_advanced_indexing_reads_lives(as_index: bool) -> None:
+    """As mixtures of experts put their rows back: `order[permutation] = arange`, then `rows[order]`."""
+
+    def scattered(permutation: Tensor, rows: Tensor) -> Tensor:
+        order = torch.empty_like(permutation)
+        order[permutation] = torch.arange(len(permutation))
+        return rows[order] if as_index else order[permutation] * rows[:, 0]
+
+    inputs = (torch.tensor([2, 0, 3, 1]), ROWS)
+    gm = graph_of(scattered, *inputs)
+    writes = counts(gm)["setitem"]
+    assert clean(gm) == []
+    assert counts(gm)["setitem"] == writes == 1
+    assert torch.equal(gm(*inputs)[0], scattered(*inputs))
+
+
 def test_reading_the_shape_of_a_buffer_does_not_keep_its_writes() -> None:
     def function(x: Tensor) -> Tensor:
         buffer = x.clone()
