@@ -151,8 +151,10 @@ class FrameModules:
 
 def decoder_depth(model: Any) -> int | None:
     """Number of layers of the language decoder, as the model's configuration states it."""
-    layers = getattr(_decoder_config(model), "num_hidden_layers", None)
-    return layers if isinstance(layers, int) else None
+    config = _decoder_config(model)
+    # An encoder-decoder's number of hidden layers may be that of its encoder.
+    names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+    return next((layers for name in names if isinstance(layers := getattr(config, name, None), int)), None)
 
 
 def without_attention(model: Any) -> frozenset[int]:
@@ -204,7 +206,8 @@ def _leave_length_open(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     ids = [t for t in tensors if t.dim() == 2 and not t.is_floating_point()]
     if not hidden and not ids:
         return
-    batch, length = (hidden or ids)[0].shape[:2]
+    named = (kwargs.get(name) for name in ("inputs_embeds", "input_ids"))
+    batch, length = next((t for t in named if isinstance(t, torch.Tensor)), (hidden or ids)[0]).shape[:2]
     if length == 1:
         return
     for tensor in tensors:

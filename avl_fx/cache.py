@@ -37,6 +37,25 @@ class _Sequence:
     def __init__(self) -> None:
         self.tokens = 0
         """Fed so far; those of a forward count as soon as its first layer has them."""
+        self.start = 0
+        """Fed before the latest forward."""
+        self.first = self.last = self.reached = 0
+        """Layers that share it, by number: the first, the last, and the latest that has them all. Between forwards that
+        is the last one, always, so that no graph is compiled anew for it."""
+
+    def reset(self) -> None:
+        """Nothing was fed."""
+        self.tokens, self.reached = 0, self.last
+
+    def seen_by(self, layer: int) -> int:
+        """Tokens that ``layer`` has seen: a forward that is running has reached some of the layers."""
+        return self.tokens if layer <= self.reached else self.start
+
+    def enter(self, layer: int, tokens: int) -> None:
+        """``layer`` stores so many tokens more."""
+        if layer == self.first:
+            self.start, self.tokens = self.tokens, self.tokens + tokens
+        self.reached = layer
 
 
 class AVLLayer(DynamicLayer):
@@ -45,11 +64,11 @@ class AVLLayer(DynamicLayer):
     keys: Any
     values: Any
 
-    def __init__(self, sequence: _Sequence, leads: bool, plan: str, lossless: bool) -> None:
+    def __init__(self, sequence: _Sequence, index: int, plan: str, lossless: bool) -> None:
         super().__init__()
         self.sequence = sequence
-        self.leads = leads
-        """The first layer of its cache, which counts."""
+        self.index = index
+        """Its number in the cache."""
         self.plan = plan
         """Fingerprint."""
         self.lossless = lossless
@@ -69,23 +88,23 @@ class AVLLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_fits(key_states, value_states)
-        tokens = self.sequence.tokens if self.leads else self.sequence.tokens - key_states.shape[2]
+        tokens = self.sequence.tokens if self.index == self.sequence.first else self.sequence.start
         if not torch.compiler.is_compiling():
             self._check_eager(tokens)
         self.keys = append_rows(self.keys, key_states, tokens, self.plan)
         self.values = append_rows(self.values, value_states, tokens, self.plan)
-        if self.leads:
-            self.sequence.tokens = tokens + key_states.shape[2]
+        self.sequence.enter(self.index, key_states.shape[2])
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """Tokens fed so far, stored or not."""
-        return self.sequence.tokens
+        """Tokens fed to this layer so far, stored or not."""
+        return self.sequence.seen_by(self.index)
 
     def reset(self) -> None:
         self.keys = self.values = None  # first: some releases fill with zeros what is there
         super().reset()
-        self.is_initialized, self.sequence.tokens = False, 0
+        self.is_initialized = False
+        self.sequence.reset()
 
     def select(self, take: Callable[[Tensor], Tensor]) -> None:
         """Replace the batch rows by ``take(rows)`` of keys and values."""
@@ -130,7 +149,7 @@ class AVLCache(Cache):
 
     Raises:
         PlanError: the plan is wrong.
-        CacheStateError: ``config`` is no configuration.
+        CacheStateError: ``config`` is no configuration, or that of an encoder-decoder.
 
     One cache serves one conversation (or batch); any number of them may be alive at once.
     """
@@ -146,6 +165,12 @@ class AVLCache(Cache):
                 field="config",
                 remedy="write AVLCache(plan, model.config)",
             )
+        if any(getattr(part, "is_encoder_decoder", False) is True for part in (config, config.get_text_config())):
+            raise CacheStateError(
+                "the model is an encoder-decoder: its images stand in the encoder, and its cache has two halves",
+                field="config",
+                remedy="leave past_key_values out; plans work on the cache that generate makes",
+            )
         super().__init__(layers=self._layers(config))
 
     def _layers(self, config: Any) -> list[Any]:
@@ -155,10 +180,13 @@ class AVLCache(Cache):
             if index in cross:
                 layer = CrossLayer()
             elif type(layer) is DynamicLayer:
-                leads = not any(isinstance(other, AVLLayer) for other in layers)
                 lossless = self.plan.is_lossless and not self.plan.spares_visual_keys
-                layer = AVLLayer(self._sequence, leads, self.plan.fingerprint(), lossless)
+                layer = AVLLayer(self._sequence, index, self.plan.fingerprint(), lossless)
             layers.append(layer)
+        own = [layer.index for layer in layers if isinstance(layer, AVLLayer)]
+        if own:
+            self._sequence.first, self._sequence.last = own[0], own[-1]
+        self._sequence.reset()
         return layers
 
     # ---- what it holds ---------------------------------------------------------------------------------------------

@@ -33,8 +33,10 @@ class ModalityHook:
         ids = (getattr(config, name, None) for name in _TOKEN_ID_NAMES)
         self._visual_ids = tuple(sorted({i for i in ids if isinstance(i, int)}))
         text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
-        if getattr(text, "cross_attention_layers", None):
-            # Images come in through cross-attention (Mllama): the image token is an ordinary token of the text.
+        apart = any(getattr(part, "is_encoder_decoder", False) is True for part in (config, text))
+        if getattr(text, "cross_attention_layers", None) or apart:
+            # Images come in through cross-attention: the image token is an ordinary token of the text (Mllama), or one
+            # of a sequence that the decoder's keys do not belong to (Florence-2).
             self._visual_ids = ()
 
     @classmethod

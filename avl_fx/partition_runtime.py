@@ -421,7 +421,7 @@ class PartitionRuntime:
         caches = []
         for layer in self.layers:
             order = orders.get(layer.scores_from)
-            if order is not None:
+            if order is not None and layer.value is not None:
                 key = None if layer.key is None else self._after(args, outputs, layer.key)
                 value = self._after(args, outputs, layer.value)
                 if layer.keyless and partition is not None and partition.lacks_keys:

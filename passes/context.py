@@ -157,7 +157,8 @@ class PartitionedLayer:
     """The layer whose scores decide: itself, or the anchor of its lazy block."""
     key: CachedTensor | None
     """``None``: a lazy layer, which reads its anchor's keys."""
-    value: CachedTensor
+    value: CachedTensor | None
+    """``None``: a layer that has no cache and reads keys and values of an earlier one."""
     weights: fx.Node | None = None
     """Scores (prompt) or softmax rows (decode), float32 ``[batch, kv_heads, keys]``; ``None`` where nothing is decided.
     """
@@ -168,8 +169,8 @@ class PartitionedLayer:
 
     @property
     def cached(self) -> tuple[CachedTensor, ...]:
-        """Keys, where it has its own, and values."""
-        return (self.value,) if self.key is None else (self.key, self.value)
+        """Keys and values, where it has its own."""
+        return tuple(tensor for tensor in (self.key, self.value) if tensor is not None)
 
     @property
     def decides(self) -> bool:

@@ -54,7 +54,10 @@ def describe_site(site: Site, anchor: fx.Node, query: Any, key: Any, value: Any,
     _describe_tensors(site, query, key, value)
     module = _describe_module(site, anchor, ctx)
     site.cache = _cache_kind(key) if isinstance(key, fx.Node) else "none"
-    site.kind = _kind(module, site.layer, query, key)
+    # Keys of an earlier layer, as one without a cache reads, are no other sequence's.
+    earlier = (s.node for s in ctx.sites if s is not site and s.kind != "cross")
+    shared = any(arg(node, 1, "key") is key for node in earlier if node is not None)
+    site.kind = _kind(module, site.layer, query, None if shared else key)
     site.role = _role(site, module, anchor, ctx)
 
 
@@ -108,7 +111,8 @@ def _describe_module(site: Site, anchor: fx.Node, ctx: PassContext) -> torch.nn.
 
 
 def _kind(module: torch.nn.Module | None, layer: int | None, query: Any, key: Any) -> str:
-    if isinstance(query, fx.Node) and isinstance(key, fx.Node):
+    # Latent attention projects queries and keys from latents of their own; that its mask is causal tells it apart.
+    if isinstance(query, fx.Node) and isinstance(key, fx.Node) and getattr(module, "is_causal", None) is not True:
         from_query, from_key = _projected_from(query), _projected_from(key)
         if from_query and not (from_query & from_key) and (from_key or not _appended(key)):
             return "cross"
@@ -163,11 +167,13 @@ def _appended(key: fx.Node) -> bool:
 
 def _cache_kind(key: fx.Node) -> str:
     root = alias_root(key)
-    if writes_to(root) or _copied_to_buffer(root):
+    returned = reaches_output(root)
+    if writes_to(root):
+        # What is written into a buffer that the graph makes and drops was put together from something else.
+        return "static" if returned or root.op in ("placeholder", "get_attr") else "other"
+    if _copied_to_buffer(root):
         return "static"
-    if reaches_output(root):
-        return "dynamic"
-    return "none"
+    return "dynamic" if returned else "none"
 
 
 def _copied_to_buffer(root: fx.Node) -> bool:

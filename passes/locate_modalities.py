@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from avl_fx.passes.context import PassContext, VisualSource
-from avl_fx.passes.nodes import VIEW_OPS, arg, fake, op, same_shape, shape, where_args
+from avl_fx.passes.nodes import VIEW_OPS, alias_root, arg, fake, op, same_shape, shape, where_args
 from avl_fx.passes.rewrite import insert_call
 from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.passes.site import PassResult
@@ -24,7 +24,9 @@ __all__ = ["locate_modalities"]
 
 _FILLS = frozenset(
     {"zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_zeros", "new_full", "empty_like"}
+    | {"empty", "new_empty", "new_ones"}
 )
+_NEGATIONS = frozenset({"invert", "bitwise_not", "logical_not"})
 
 
 def locate_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
@@ -68,6 +70,9 @@ def _splice_mask(node: fx.Node) -> fx.Node | None:
             return None
     elif name == "setitem":
         target, mask = node.args[0], node.args[1]
+        # Experts of text and of images put their halves together so: one of these masks is of text.
+        if not isinstance(target, fx.Node) or op(alias_root(target)) in _FILLS or op(mask) in _NEGATIONS:
+            return None
         # One feature a position: a number or a single vector is padding or a mask token.
         if len(shape(node.args[2]) or ()) + len(shape(mask) or ()) != 4:
             return None

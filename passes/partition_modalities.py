@@ -72,7 +72,8 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     if not layers:
         return result
     # A prompt may be a single token: it continues no cache.
-    decode = layers[0][0].queries == 1 and all(layer.value.before is not None for _, layer in layers)
+    continues = all(layer.value is None or layer.value.before is not None for _, layer in layers)
+    decode = layers[0][0].queries == 1 and continues
     io = PartitionIO(decode=decode, layers=[layer for _, layer in layers], compact=ctx.compact is not None)
     first = layers[0][0].node
     assert first is not None
@@ -140,15 +141,23 @@ def _understand(
     assert first.node is not None
     if site.kind != "full":
         return Reason.POSITION_MASK, site.kind
-    if site.cache not in ("dynamic", "static"):
+    if site.cache == "none":
         return Reason.NO_CACHE, ""
+    if site.cache == "other":
+        return Reason.NOT_THE_CACHE, "keys are made from what it stores"
     if site.layer is None:
         return Reason.LAYER_UNKNOWN, ""
     mask = site.node.args[_MASK]
-    if not same_value(mask, first.node.args[_MASK]) or (mask is not None and len(shape(mask) or ()) != 4):
-        return Reason.POSITION_MASK, "another mask than the first layer's"
     key, value = site.node.args[_KEY], site.node.args[_VALUE]
     anchor = by_key.get(key)  # type: ignore[arg-type]
+    shares = site.anchor is None and anchor is not None and anchor.node.args[_VALUE] is value  # type: ignore[union-attr]
+    if shares and first.queries != 1:
+        # Another layer's rows, and nothing is scored. A prompt may ask for its last row alone here.
+        return _sharing(site.layer, anchor, layers)
+    if not same_value(mask, first.node.args[_MASK]) or (mask is not None and len(shape(mask) or ()) != 4):
+        return Reason.POSITION_MASK, "another mask than the first layer's"
+    if shares:
+        return _sharing(site.layer, anchor, layers)
     stored_value = _stored(gm, ctx, value)
     stored_key = None if anchor is not None else _stored(gm, ctx, key)
     if stored_value is None or (stored_key is None and anchor is None):
@@ -162,6 +171,11 @@ def _understand(
     assert scores_from is not None
     keyless = site.anchor is not None and stored_key is not None and takes(fake(site.node.args[_QUERY]))
     return PartitionedLayer(site.layer, scores_from, stored_key, stored_value, keyless=keyless)
+
+
+def _sharing(number: int, owner: Site | None, layers: list[tuple[Site, PartitionedLayer]]) -> PartitionedLayer:
+    """A layer that reads the rows of another one: they lie in one order only, which that one decides."""
+    return PartitionedLayer(number, next(layer.scores_from for site, layer in layers if site is owner), None, None)
 
 
 def _stored(gm: fx.GraphModule, ctx: PassContext, tensor: Any) -> CachedTensor | None:

@@ -39,7 +39,7 @@ def resolve_rows(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     ctx.compact = CompactRows(plans={n.args[3] for n in appended})
     placeholders = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     sites = [s for s in ctx.sites if s.node is not None and s.status is not Status.REFUSED and _reads(s, appended)]
-    misfits = {n for s in sites if not _mask_fits(s) for n in _rows(s)}
+    misfits = {n for s in sites if not _mask_fits(s) or (ctx.tracks_visual and _differs(s, sites)) for n in _rows(s)}
     understood = {n for s in sites for n in _rows(s) if ctx.tracks_visual or not _lacks_rows(n)} - misfits
     readers = {s.node for s in sites}
     resolved = [n for n in appended if _starts(n) or (n in understood and _only_read_by(n, readers))]
@@ -93,6 +93,16 @@ def _mask_fits(site: Site) -> bool:
         return not is_causal
     sizes, keys = shape(mask) or (), shape(site.node.args[1]) or (None,) * 4
     return len(sizes) == 4 and same_size(sizes[3], keys[2])
+
+
+def _differs(site: Site, sites: list[Site]) -> bool:
+    """Whether `partition_modalities` would leave the decode step ``site`` dense, which has to see every row then."""
+    first = next((s for s in sites if s.kind == "full"), site)
+    if first.queries != 1:
+        return False
+    assert site.node is not None
+    assert first.node is not None
+    return site.kind != "full" or not same_value(site.node.args[_MASK], first.node.args[_MASK])
 
 
 def _stored(node: fx.Node, placeholders: dict[fx.Node, int], complete: bool) -> StoredTensor:

@@ -13,7 +13,7 @@ may; `substitute_visual` and `inherit_scores` rewrite them.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 from torch import fx
@@ -39,6 +39,7 @@ def share_queries(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     if policy is None:
         return result
     by_layer = _by_layer(ctx)
+    readers = Counter(site.node.args[_KEY] for site in decoder_sites(ctx) if site.node is not None)
     removable: list[fx.Node] = []
     for site in decoder_sites(ctx):
         anchor_layer = None if site.layer is None else policy.anchor_of(site.layer)
@@ -51,6 +52,8 @@ def share_queries(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
                 refusal = Reason.ANCHOR_KIND, f"layer {anchor_layer} has no attention"
             if refusal is None and policy.mode != "gla" and site.kind != "full":
                 refusal = Reason.POSITION_MASK, site.kind
+            if refusal is None and policy.mode != "gla" and readers[site.node.args[_KEY]] > 1:  # type: ignore[union-attr]
+                refusal = Reason.ANCHOR_KEYS, ""
             if refusal is not None:
                 result.refuse(site, *refusal)
                 continue
@@ -157,6 +160,9 @@ def _share(
     assert anchor.node is not None
     own_query, own_key = site.node.args[_QUERY], site.node.args[_KEY]
     assert isinstance(own_key, fx.Node)
+    if own_key is anchor.node.args[_KEY]:  # a layer without a cache, which reads what its anchor stores
+        site.node.update_arg(_QUERY, anchor.node.args[_QUERY])
+        return None
     value = site.node.args[_VALUE]
     site.node.update_arg(_QUERY, anchor.node.args[_QUERY])
     site.node.update_arg(_KEY, anchor.node.args[_KEY])

@@ -46,6 +46,7 @@ class Reason(enum.StrEnum):
     ANCHOR_KIND = "attends differently from its anchor (full, sliding, chunked, cross)"
     ANCHOR_GEOMETRY = "heads, head dim or sequence differ from its anchor"
     ANCHOR_MASK = "mask differs from its anchor's"
+    ANCHOR_KEYS = "another layer than its anchor reads its keys"
     ANCHOR_SCALE = "scale differs from its anchor's"
     NO_CACHE = "it keeps no cache"
     NOT_THE_CACHE = "does not attend to its cache as a whole"

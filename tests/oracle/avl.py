@@ -29,7 +29,8 @@ itself would see does not matter to anybody, so it is left as it falls.
 *Compact*: a later turn attends densely to what was not dropped: minor and evicted text are gone for good, and shares
 are still of all visual keys ever fed.
 
-*Lazy layers* of every mode read what their anchor reads: one choice of core and of text for a block.
+*Lazy layers* of every mode read what their anchor reads: one choice of core and of text for a block. So do layers
+without a cache, which read keys and values of an earlier one (`shares`: layer -> that one).
 
 *Late start*: one query whose layer was never seen before (the prompt ran elsewhere) is dense, and its row starts the
 partition.
@@ -38,9 +39,9 @@ partition.
 where the visual positions are known all the same, one query starts late.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -93,6 +94,7 @@ class AvlOracle:
     spread: float = 0.0
     prefill: float = 1.0
     after: int = 2
+    shares: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layers: dict[int, LayerState] = {}
@@ -121,12 +123,15 @@ class AvlOracle:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
     ) -> Tensor:
         group = q.shape[1] // k.shape[1]
-        anchor = None if self.lazy is None else self.lazy.lazy.get(layer)
+        anchor = self.shares.get(layer) if self.lazy is None else self.lazy.lazy.get(layer, self.shares.get(layer))
         state = self.layers.get(layer)
         if self.kinds and self.kinds[layer] != "full":
             weights = self._weights(layer, q, k, mask, scale, causal)
         elif anchor is not None:
-            weights = self._weights(layer, q, k, self._masks[anchor], scale, causal)
+            mask = self._masks[anchor]
+            if mask is not None and mask.shape[2] > q.shape[2]:  # a layer without a cache, asked for the last row alone
+                mask = mask[:, :, -q.shape[2] :]
+            weights = self._weights(layer, q, k, mask, scale, causal)
         elif q.shape[2] > 1 or state is None:
             seen = mask
             visible = _visible(mask, q.shape[0], q.shape[2], k.shape[2], causal)

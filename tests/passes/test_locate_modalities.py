@@ -124,6 +124,27 @@ def test_indexed_assignment_is_found() -> None:
     assert torch.equal(rewritten.outputs[0]._avl_visual_positions, VISUAL)
 
 
+def halves_of_experts(embeds: Tensor, ids: Tensor, pictures: Tensor, frames: Tensor) -> Tensor:
+    """As Ernie 4.5 puts together what its experts of images and its experts of text made."""
+    mixed = torch.zeros_like(embeds)
+    mixed[ids != IMAGE] = embeds[ids != IMAGE]
+    mixed[ids == IMAGE] = pictures
+    return mixed
+
+
+def text_assigned(embeds: Tensor, ids: Tensor, pictures: Tensor, frames: Tensor) -> Tensor:
+    embeds = embeds.clone()
+    embeds[~(ids == IMAGE)] = embeds[~(ids == IMAGE)] * 2
+    return embeds
+
+
+@pytest.mark.parametrize("splice", [halves_of_experts, text_assigned], ids=lambda s: s.__name__)
+def test_indexed_assignment_of_text_is_no_splice(splice: Callable[..., Tensor]) -> None:
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        rewritten = check(Decoder(splice), *arguments())
+    assert rewritten.ctx.visual is None
+
+
 # ---- what must not match --------------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,8 @@ and a wrong attention moves the logits by far more than rounding does. Special t
 never emits one.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -73,6 +73,8 @@ class ZooModel:
     no_cache: bool = True
     padding_exact: bool = True
     """A left-padded row gives the logits that it gives alone."""
+    shares: Mapping[int, int] = field(default_factory=dict)
+    """Layer without a cache -> the earlier layer whose keys and values it reads."""
     hf: bool = True
     """A transformers model: has its generate, caches and attention interface."""
     notes: str = ""
