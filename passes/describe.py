@@ -111,10 +111,11 @@ def _describe_module(site: Site, anchor: fx.Node, ctx: PassContext) -> torch.nn.
 
 
 def _kind(module: torch.nn.Module | None, layer: int | None, query: Any, key: Any) -> str:
-    # Latent attention projects queries and keys from latents of their own; that its mask is causal tells it apart.
-    if isinstance(query, fx.Node) and isinstance(key, fx.Node) and getattr(module, "is_causal", None) is not True:
+    if isinstance(query, fx.Node) and isinstance(key, fx.Node):
         from_query, from_key = _projected_from(query), _projected_from(key)
-        if from_query and not (from_query & from_key) and (from_key or not _appended(key)):
+        apart = from_query and not (from_query & from_key) and (from_key or not _appended(key))
+        # Latent attention projects twice: queries and keys come from latents that come from one hidden state.
+        if apart and not (_and_above(from_query) & _and_above(from_key)):
             return "cross"
     if getattr(module, "is_cross_attention", False) is True:
         return "cross"
@@ -149,6 +150,11 @@ def _projected_from(node: fx.Node) -> set[fx.Node]:
                 seen.add(upper)
                 pending.append(upper)
     return found
+
+
+def _and_above(projected: set[fx.Node]) -> set[fx.Node]:
+    """``projected`` and the inputs of the projections right above."""
+    return projected.union(*map(_projected_from, projected))
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:

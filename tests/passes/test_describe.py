@@ -124,6 +124,49 @@ def test_attention_over_something_else_is_cross_attention() -> None:
     assert (site.kind, site.role, site.keys) == ("cross", "cross", 7)
 
 
+class LatentAttention(nn.Module):
+    """Queries and keys are projected from latents of their own (DeepSeek-V3), and keys are put together from parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_latent = nn.ModuleList(nn.Linear(WIDTH, 6) for _ in range(2))
+        self.q, self.k, self.v = (nn.Linear(6, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        latents = [p(s).relu() for p, s in zip(self.to_latent, (x, x if memory is None else memory), strict=True)]
+        projected = zip((self.q, self.k, self.v), (latents[0], *latents[1:] * 2), strict=True)
+        query, part, value = (p(latent).unflatten(-1, (2, 8)).transpose(1, 2) for p, latent in projected)
+        key = part.new_empty(part.shape)
+        key[..., :4].copy_(part[..., :4])
+        key[..., 4:].copy_(part[..., 4:])
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
+
+
+def test_latents_of_one_hidden_state_are_self_attention() -> None:
+    site = site_of(LatentAttention(), inputs())
+    assert (site.kind, site.cache) == ("full", "other")
+    assert site_of(LatentAttention(), inputs(), inputs(7, seed=1)).kind == "cross"
+
+
+class TwoQueries(nn.Module):
+    """A layer with keys and values, and one that reads them, too (Gemma 3n)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Attention(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, cache: Any) -> Any:
+        out, key, value = self.first(x, None, None, cache)
+        query = self.second(out).unflatten(-1, (2, 8)).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, key, value), key, value
+
+
+def test_keys_of_an_earlier_layer_are_self_attention() -> None:
+    cache = (torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8))
+    sites = rewrite(Holder(TwoQueries()), inputs(1), cache, stages=(find_attention,)).sites
+    assert [(site.kind, site.cache) for site in sites] == [("full", "dynamic")] * 2
+
+
 def test_declared_cross_attention() -> None:
     """Its keys may come from a cache that this graph never writes."""
     assert site_of(Attention(is_cross_attention=True), inputs()).kind == "cross"
