@@ -63,7 +63,7 @@ def check(plan, cache, compiler):
     return recorder
 
 
-CHOSEN = [("gla", "none"), ("vla_scores", "dynamic"), ("avl", "dynamic")]
+CHOSEN = [("gla", "none"), ("avl", "dynamic")]
 
 
 @pytest.mark.parametrize("case", rest_in_matrix(CASES, CHOSEN), ids="-".join)

@@ -54,7 +54,7 @@ def _allowed(case):
 
 CASES = list(filter(_allowed, itertools.product(*FACTORS)))
 CHOSEN = one_each(CASES)
-"""What `make test` runs: each model once, the other factors spread."""
+"""Each model once, the other factors spread. `make test` runs every second one."""
 TOGETHER = [next(case for case in CHOSEN if case[2] == cache and case[3] == 3) for cache in CACHES]
 """Of those: one ragged batch on each cache."""
 COVERING = covering(FACTORS, _allowed)
@@ -119,7 +119,7 @@ def check(name, door, cache, batch, preset, layers, compiler, device="cpu"):
                 assert (site.status, site.reason) == (Status.REFUSED, Reason.POSITION_MASK)
 
 
-@pytest.mark.parametrize("case", CHOSEN, ids=ids)
+@pytest.mark.parametrize("case", rest_in_matrix(CHOSEN, CHOSEN[::2]), ids=ids)
 def test_partitioned_equals_oracle(case):
     check(*case, compiler="eager")
 
@@ -166,7 +166,7 @@ def converse(model, turns, cache, steps=5):
 
 @pytest.mark.parametrize(
     ("kind", "text", "spread"),
-    [("dynamic", None, 0.0), ("static", 0.3, 0.5), pytest.param("dynamic", 0.3, 0.0, marks=pytest.mark.matrix)],
+    rest_in_matrix([("dynamic", None, 0.0), ("static", 0.3, 0.5), ("dynamic", 0.3, 0.0)], [("static", 0.3, 0.5)], True),
     ids=["dynamic-all text", "static-text window-spread", "dynamic-text window"],
 )
 def test_images_in_a_second_turn(kind, text, spread):
@@ -198,7 +198,7 @@ def test_images_in_a_second_turn(kind, text, spread):
         assert largest(got, expected) <= FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.matrix)])
 def test_beam_search_runs_densely_after_its_first_reordering(cache):
     """Reordering the beams copies the cache; a copy has no state, and without state attention is dense and exact."""
     zoo = ZOO["llava"]
@@ -214,7 +214,7 @@ def test_beam_search_runs_densely_after_its_first_reordering(cache):
 
 @pytest.mark.parametrize(
     ("kind", "told"),
-    [("dynamic", False), ("dynamic", True), ("static", True)],
+    [("dynamic", False), ("dynamic", True), pytest.param("static", True, marks=pytest.mark.matrix)],
     ids=["dynamic", "dynamic-told", "static-told"],
 )
 def test_a_mask_that_hides_visual_keys_keeps_attention_dense(kind, told, caplog):
@@ -319,7 +319,7 @@ def test_calls_that_share_a_layer_are_dense():
     assert {(site.reason, site.detail) for site in sites} == {(Reason.LAYER_UNKNOWN, "2 calls share its number")}
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", pytest.param("static", marks=pytest.mark.matrix)])
 def test_a_late_start(kind):
     """The prompt ran eagerly; the first compiled step is dense and starts the partition, visual keys and text."""
     zoo = ZOO["llava"]

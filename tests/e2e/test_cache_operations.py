@@ -211,7 +211,7 @@ SCRIPTS = {
 GROUPS = {f"{plan}-{kind}": (plan, kind) for plan in PLANS for kind in SCRIPTS}
 """Sessions that share what was compiled: a fixture is made anew for every other *object*, not for every other value."""
 MATRIX = pytest.mark.matrix
-OFTEN = (crop_an_answer, crop_into_an_image, crop_twice, select_rows, reorder_rows, copy_and_crop, a_wrong_crop)
+OFTEN = (crop_an_answer, crop_into_an_image, crop_twice, reorder_rows, copy_and_crop)
 CASES = [
     # A text window asks for all that the visual partition alone does, and for more.
     pytest.param(
@@ -307,7 +307,9 @@ def use(door, model, plan):
     [
         ("dynamic", "avl_fx.compile", Plan.identity()),
         ("dynamic", "torch.compile", Plan.avl(0.2, 0.4, text=0.5, text_minimum=2)),
-        ("static", "avl_fx.compile", Plan.avl(0.2, 0.4, text=0.5, text_minimum=2)),
+        pytest.param(
+            "static", "avl_fx.compile", Plan.avl(0.2, 0.4, text=0.5, text_minimum=2), marks=pytest.mark.matrix
+        ),
     ],
     ids=["dynamic-identity", "dynamic-partition", "static-partition"],
 )

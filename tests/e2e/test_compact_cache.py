@@ -32,7 +32,7 @@ EVERY_PLAN = pytest.mark.parametrize(
         pytest.param(PAPER, id="paper", marks=pytest.mark.matrix),
         pytest.param(WITH_TEXT, id="text"),
         pytest.param(ALL_KEPT, id="lossless", marks=pytest.mark.matrix),
-        pytest.param(WITH_TEXT.combine(Plan.lazy([(1, 3)], "vla")), id="vla"),
+        pytest.param(WITH_TEXT.combine(Plan.lazy([(1, 3)], "vla")), id="vla", marks=pytest.mark.matrix),
         pytest.param(PAPER.combine(Plan.lazy([(1, 3)], "vla_scores")), id="vla_scores", marks=pytest.mark.matrix),
     ],
 )

@@ -8,12 +8,14 @@ import torch
 from transformers import DynamicCache
 
 from avl_fx import Plan, growing
+from tests.e2e._covering import rest_in_matrix
 from tests.e2e._doors import DOORS, FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
 from tests.zoo import ZOO
 from tests.zoo._run import prefill_and_decode
 
 GROWING = ["llava", "qwen2_5_vl", "gemma3", "mistral3"]
 """Full attention everywhere, positions in three dimensions, sliding layers among full ones, grouped heads."""
+EACH = [*zip(GROWING, itertools.cycle(DOORS), strict=False)]
 TEXT_WINDOW = Plan.avl(0.3, 0.5, 2, text=0.3, text_minimum=2)
 
 
@@ -36,7 +38,7 @@ def claims(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(("name", "door"), [*zip(GROWING, itertools.cycle(DOORS), strict=False)])
+@pytest.mark.parametrize(("name", "door"), rest_in_matrix(EACH, EACH[1:3], apart=True))
 def test_steps_store_their_row_and_copy_nothing(name, door, claims):
     zoo = ZOO[name]
     model = zoo.make("sdpa")
@@ -91,7 +93,7 @@ def forked(cache):
 @pytest.mark.parametrize(
     ("fork", "plan"),
     [
-        pytest.param(forked, None, id="identity-shared tensors"),
+        pytest.param(forked, None, id="identity-shared tensors", marks=pytest.mark.matrix),
         pytest.param(copy.deepcopy, None, id="identity-deep copy", marks=pytest.mark.matrix),
         pytest.param(forked, TEXT_WINDOW, id="text window-shared tensors"),
         pytest.param(copy.deepcopy, TEXT_WINDOW, id="text window-deep copy", marks=pytest.mark.matrix),

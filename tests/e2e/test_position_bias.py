@@ -33,11 +33,18 @@ class Biased(PlainLVLM):
         self.layers = torch.nn.ModuleList(BiasedLayer(style) for _ in self.layers)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+VISION = {"text": None}
+TEXT = {"core": 1.0, "secondary": 1.0, "refresh": 1, "text": 0.5, "text_minimum": 2}
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [{"text": None}, {"core": 1.0, "secondary": 1.0, "refresh": 1, "text": 0.5, "text_minimum": 2}],
-    ids=["vision", "text"],
+    ("settings", "cache"),
+    [
+        pytest.param(VISION, "dynamic", id="vision-dynamic"),
+        pytest.param(VISION, "static", id="vision-static", marks=pytest.mark.matrix),
+        pytest.param(TEXT, "dynamic", id="text-dynamic", marks=pytest.mark.matrix),
+        pytest.param(TEXT, "static", id="text-static"),
+    ],
 )
 def test_a_position_bias_keeps_attention_dense(cache, settings, caplog):
     model = make(construct=Biased)

@@ -113,7 +113,7 @@ def model():
     return ZOO["llava"].make()
 
 
-@pytest.mark.parametrize("mode", ["vla", "vla_scores"])
+@pytest.mark.parametrize("mode", ["vla", pytest.param("vla_scores", marks=pytest.mark.matrix)])
 def test_only_a_later_prompt_spreads(model, mode):
     plan = Plan.lazy([(1, 3)], mode)
     inputs, cache = ZOO["llava"].inputs(model, batch=1), AVLCache(plan, model.config)
@@ -127,7 +127,7 @@ def test_only_a_later_prompt_spreads(model, mode):
     assert all(s.reason is None for g in decoder_graphs(recorder) for s in decoder_sites(g))
 
 
-@pytest.mark.parametrize("mode", ["vla", "vla_scores"])
+@pytest.mark.parametrize("mode", [pytest.param("vla", marks=pytest.mark.matrix), "vla_scores"])
 def test_eagerly_it_is_refused_and_left_as_it_was(model, mode):
     plan = Plan.lazy([(1, 3)], mode)
     inputs, cache = ZOO["llava"].inputs(model, batch=1), AVLCache(plan, model.config)
