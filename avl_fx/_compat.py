@@ -151,10 +151,8 @@ class FrameModules:
 
 def decoder_depth(model: Any) -> int | None:
     """Number of layers of the language decoder, as the model's configuration states it."""
-    config = _decoder_config(model)
-    # An encoder-decoder's number of hidden layers may be that of its encoder.
-    names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
-    return next((layers for name in names if isinstance(layers := getattr(config, name, None), int)), None)
+    layers = getattr(_decoder_config(model), "num_hidden_layers", None)
+    return layers if isinstance(layers, int) else None
 
 
 def without_attention(model: Any) -> frozenset[int]:
@@ -165,7 +163,12 @@ def without_attention(model: Any) -> frozenset[int]:
 
 def _decoder_config(model: Any) -> Any:
     config: Any = getattr(model, "config", None)
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    if not hasattr(config, "get_text_config"):
+        return None
+    text = config.get_text_config(decoder=True)
+    # A part that is an encoder-decoder names its encoder's layers until it is asked for its decoder.
+    nested = any(text is getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
+    return text.get_text_config(decoder=True) if nested and text.is_encoder_decoder else text
 
 
 def compile_module(

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import BartConfig, DynamicCache
 
 import avl_fx
 from avl_fx import AVLCache, Plan
@@ -478,6 +478,24 @@ def test_without_visual_positions_it_stays_complete(model):
     assert decoder_graphs(recorder)
     assert largest(got, expected) <= FLOAT32_TOLERANCE
     assert cache.stored_bytes == cache.dense_bytes
+
+
+def test_each_layer_knows_its_own_length_during_a_forward():
+    """Llama 4 asks it for the temperature of a layer, before it stores anything there."""
+    cache = AVLCache(Plan.identity(), ZOO_MODEL.make().config)
+    last = len(cache.layers) - 1
+    for fed, tokens in ((0, 3), (3, 1)):
+        rows = torch.zeros(1, 2, tokens, 16)
+        for layer in range(last + 1):
+            assert [cache.get_seq_length(i) for i in (layer, last)] == [fed, fed]
+            cache.update(rows, rows, layer)
+            assert cache.get_seq_length(layer) == fed + tokens
+        assert cache.get_seq_length() == fed + tokens
+
+
+def test_an_encoder_decoder_is_refused():
+    with pytest.raises(CacheStateError, match=r"encoder-decoder.*Fix: leave past_key_values out"):
+        AVLCache(PAPER, BartConfig())
 
 
 # ---- images that are not in the sequence -----------------------------------------------------------------------------

@@ -5,12 +5,13 @@ import pickle
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import BartConfig, BartForConditionalGeneration, CompileConfig
 
 import avl_fx
 from avl_fx import Plan, avl_backend
 from avl_fx.errors import CaptureError, OptionError, PlanMismatchError, UnsupportedPlanError
 from avl_fx.record import recording
+from avl_fx.regions import find_regions
 from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_graphs
 from tests.zoo import ZOO
 
@@ -180,3 +181,21 @@ def test_avl_compile_wants_a_module_and_no_other_backend(llava):
         avl_fx.compile(model, dynamics=True)
     with pytest.raises(OptionError, match="plan"):
         avl_fx.compile(model, Plan.lazy([(0, 1)]), options={"plan": Plan.lazy([(0, 2)])})
+
+
+def test_of_an_encoder_decoder_the_decoder_is_compiled():
+    """The module that holds both halves is never called as a whole, and numbers of layers are the encoder's there."""
+    sizes = {"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 40}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(**sizes, **heads, encoder_layers=1, decoder_layers=3, max_position_embeddings=64)
+    model = BartForConditionalGeneration(config).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert find_regions(model)[0].module is model.model.decoder
+    with pytest.raises(PlanMismatchError, match="3 decoder layers"):
+        avl_fx.compile(model, Plan.lazy([(1, 3)]))
+    with recording() as recorder:
+        avl_fx.compile(model, Plan.lazy([(1, 2)]), options={"compiler": "eager"})
+        got = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(got, expected)
+    assert recorder.graphs

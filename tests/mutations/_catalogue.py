@@ -252,6 +252,8 @@ MUTATIONS: list[Mutation] = [
             "if False or",
             f"{SHARE} -k 'differs'",
         ),
+        ("call latent attention cross", "if apart and not (", "if apart or (", f"{DESCRIBE} -k latents"),
+        ("call another layer's keys another sequence's", "None if shared else key", "key", f"{DESCRIBE} -k earlier"),
         (
             "count layers by the first number",
             "site.layer = int(parts[indices[-1]])",
@@ -398,6 +400,8 @@ MUTATIONS: list[Mutation] = [
             "    if False:",
             LOCATE,
         ),
+        ("take halves of experts for images", "op(alias_root(target)) in _FILLS or", "", f"{LOCATE} -k halves"),
+        ("take assigned text for images", " or op(mask) in _NEGATIONS:", ":", f"{LOCATE} -k text_assigned"),
         ("intersect images and videos", "torch.logical_or, union, row", "torch.logical_and, union, row", LOCATE),
         ("take zeroed tokens for images", "and op(b) not in _FILLS for b in branches", "for b in branches", LOCATE),
     ),
@@ -438,6 +442,12 @@ MUTATIONS: list[Mutation] = [
             "if writes[node] & outside:",
             "if False:",
             REWRITE,
+        ),
+        (
+            "take what is looked up by for unread",
+            "isinstance(fake(used), torch.Tensor)",
+            "False",
+            f"{REWRITE} -k advanced",
         ),
         ("remove writes that are read later", "if writes[node] & read:", "if False:", REWRITE),
         (
@@ -741,6 +751,18 @@ MUTATIONS: list[Mutation] = [
             "twin._sequence = copy.copy(self._sequence)",
             "twin._sequence = self._sequence",
             f"{COMPACT} -k 'batch_rows and text'",
+        ),
+        (
+            "count a forward that has not come yet",
+            "return self.tokens if layer <= self.reached else self.start",
+            "return self.tokens",
+            f"{COMPACT} -k own_length",
+        ),
+        (
+            "let images be cropped",
+            '"""Nothing: what is taken back is text."""',
+            "super().crop(tokens_to_remove)",
+            f"{COMPACT} -k keep_their_images",
         ),
     ),
     *_in(
