@@ -161,6 +161,12 @@ def without_attention(model: Any) -> frozenset[int]:
     return frozenset(i for i, kind in enumerate(types or ()) if kind in ("conv", "linear_attention", "mamba", "moe"))
 
 
+def is_encoder_decoder(config: Any) -> bool:
+    """Whether a configuration, or its text part, is that of an encoder-decoder (Florence-2's is, inside)."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    return any(getattr(part, "is_encoder_decoder", False) is True for part in (config, text))
+
+
 def _decoder_config(model: Any) -> Any:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from avl_fx import _compat
 from avl_fx.dropped_keys import is_dropped, marker
 from avl_fx.errors import CacheStateError
 from avl_fx.growing import COMPACT_SPARE_ROWS, reserve
@@ -165,7 +166,7 @@ class AVLCache(Cache):
                 field="config",
                 remedy="write AVLCache(plan, model.config)",
             )
-        if any(getattr(part, "is_encoder_decoder", False) is True for part in (config, config.get_text_config())):
+        if _compat.is_encoder_decoder(config):
             raise CacheStateError(
                 "the model is an encoder-decoder: its images stand in the encoder, and its cache has two halves",
                 field="config",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from avl_fx import _compat
 from avl_fx.modality import pop_given, push_given
 
 __all__ = ["ModalityHook"]
@@ -33,8 +34,7 @@ class ModalityHook:
         ids = (getattr(config, name, None) for name in _TOKEN_ID_NAMES)
         self._visual_ids = tuple(sorted({i for i in ids if isinstance(i, int)}))
         text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
-        apart = any(getattr(part, "is_encoder_decoder", False) is True for part in (config, text))
-        if getattr(text, "cross_attention_layers", None) or apart:
+        if getattr(text, "cross_attention_layers", None) or _compat.is_encoder_decoder(config):
             # Images come in through cross-attention: the image token is an ordinary token of the text (Mllama), or one
             # of a sequence that the decoder's keys do not belong to (Florence-2).
             self._visual_ids = ()

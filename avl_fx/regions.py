@@ -12,7 +12,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -121,8 +121,9 @@ def uncompile(model: nn.Module) -> nn.Module:
 def find_regions(model: nn.Module) -> tuple[Region, ...]:
     """The regions that `compile` compiles: decoder and vision encoder where both can be told apart, else the model."""
     decoder = _ask(model, "get_decoder")
-    if decoder is not None and _is_encoder_decoder(decoder):  # its own forward may never be called, only its halves'
-        decoder = _ask(decoder, "get_decoder") or decoder
+    if _compat.is_encoder_decoder(getattr(decoder, "config", None)):
+        # Its own forward may never be called, only those of its halves.
+        decoder = _ask(cast(nn.Module, decoder), "get_decoder") or decoder
     if decoder is None or decoder is model:
         return (Region("", model, "model"),)
     regions = [Region(_path(model, decoder), decoder, "decoder")]
@@ -151,10 +152,6 @@ def _ask(model: nn.Module, method: str, **kwargs: Any) -> nn.Module | None:
     except (AttributeError, TypeError, ValueError, NotImplementedError):
         return None
     return found if isinstance(found, nn.Module) else None
-
-
-def _is_encoder_decoder(module: nn.Module) -> bool:
-    return getattr(getattr(module, "config", None), "is_encoder_decoder", False) is True
 
 
 def _path(model: nn.Module, module: nn.Module) -> str:

@@ -151,13 +151,12 @@ def _understand(
     key, value = site.node.args[_KEY], site.node.args[_VALUE]
     anchor = by_key.get(key)  # type: ignore[arg-type]
     shares = site.anchor is None and anchor is not None and anchor.node.args[_VALUE] is value  # type: ignore[union-attr]
-    if shares and first.queries != 1:
-        # Another layer's rows, and nothing is scored. A prompt may ask for its last row alone here.
-        return _sharing(site.layer, anchor, layers)
-    if not same_value(mask, first.node.args[_MASK]) or (mask is not None and len(shape(mask) or ()) != 4):
+    same_mask = same_value(mask, first.node.args[_MASK]) and (mask is None or len(shape(mask) or ()) == 4)
+    if not same_mask and (first.queries == 1 or not shares):  # a layer that shares rows scores nothing in a prompt
         return Reason.POSITION_MASK, "another mask than the first layer's"
-    if shares:
-        return _sharing(site.layer, anchor, layers)
+    if shares:  # another layer's rows, which lie in the order that it decides; nothing is scored
+        owner = next(layer for other, layer in layers if other is anchor)
+        return PartitionedLayer(site.layer, owner.scores_from, None, None)
     stored_value = _stored(gm, ctx, value)
     stored_key = None if anchor is not None else _stored(gm, ctx, key)
     if stored_value is None or (stored_key is None and anchor is None):

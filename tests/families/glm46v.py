@@ -3,29 +3,19 @@
 Special: as `glm4v`.
 """
 
+import dataclasses
+
 import torch
 from transformers import Glm4vTextConfig, Glm4vVisionConfig, Glm46VConfig, Glm46VForConditionalGeneration
 
-from tests.families.glm4v import IDS, TEXT, TOWER
-from tests.zoo import _qwen
-from tests.zoo._base import ZooModel, build, image_tokens
+from tests.families import glm4v
+from tests.zoo._base import build
 
 
 def make(attn_implementation="sdpa", dtype=torch.float32, seed=0):
-    config = Glm46VConfig(text_config=Glm4vTextConfig(**TEXT), vision_config=Glm4vVisionConfig(**TOWER), **IDS)
+    text, tower = Glm4vTextConfig(**glm4v.TEXT), Glm4vVisionConfig(**glm4v.TOWER)
+    config = Glm46VConfig(text_config=text, vision_config=tower, **glm4v.IDS)
     return build(Glm46VForConditionalGeneration, config, attn_implementation, dtype, seed)
 
 
-MODEL = ZooModel(
-    name="glm46v",
-    make=make,
-    inputs=_qwen.inputs,
-    visual_positions=image_tokens,
-    decoder_prefix="model.language_model.layers",
-    attention_kinds=("full",) * 4,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    vision_sites=2,
-    mixed_sizes=True,
-)
+MODEL = dataclasses.replace(glm4v.MODEL, name="glm46v", make=make)

@@ -9,13 +9,12 @@ Features are those of the last layer but one.
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from tests.zoo._base import DECODER, IMAGE, VISION, ZooModel, build, dtype_of, image_tokens, pixels, prompt
+from tests.zoo import _tiles
+from tests.zoo._base import DECODER, IMAGE, VISION, ZooModel, build, image_tokens
+from tests.zoo._tiles import PATCH, SIDE
 
-SIDE, PATCH = 12, 6
 PINPOINTS = [[12, 24], [24, 24]]
-SIZES = {"A": (12, 24), "B": (24, 16)}  # the second is the middle of four tiles
-TILES = {"A": 3, "B": 5}
-TOKENS = {"A": 4 + 2 * (4 + 1), "B": 4 + 4 * (2 + 1)}
+IMAGES = {"A": ((12, 24), 3, 4 + 2 * (4 + 1)), "B": ((24, 16), 5, 4 + 4 * (2 + 1))}  # "B": the middle of four tiles
 
 
 def make(attn_implementation="sdpa", dtype=torch.float32, seed=0):
@@ -30,16 +29,7 @@ def make(attn_implementation="sdpa", dtype=torch.float32, seed=0):
 
 
 def inputs(model, batch=1, seed=0, first=0):
-    def image(size, generator):
-        return [IMAGE] * TOKENS[size], (pixels(generator, TILES[size], 3, SIDE, SIDE), SIZES[size])
-
-    made = prompt(image, batch, seed, first)
-    out = {"input_ids": made.input_ids, "attention_mask": made.attention_mask}
-    if made.flat_images:
-        tiles, sizes = zip(*made.flat_images, strict=True)
-        padded = torch.nn.utils.rnn.pad_sequence(list(tiles), batch_first=True)
-        out |= {"pixel_values": padded.to(dtype_of(model)), "image_sizes": torch.tensor(sizes)}
-    return out
+    return _tiles.inputs(model, IMAGES, batch, seed, first)
 
 
 MODEL = ZooModel(

@@ -8,10 +8,11 @@ largest number of tiles.
 import torch
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
-from tests.zoo._base import DECODER, IMAGE, VIDEO, VISION, ZooModel, build, dtype_of, image_tokens, pixels, prompt
+from tests.zoo import _tiles
+from tests.zoo._base import DECODER, IMAGE, VIDEO, VISION, ZooModel, build, image_tokens
+from tests.zoo._tiles import PATCH, SIDE
 
-SIDE, PATCH = 12, 6
-SIZES = {"A": (12, 24), "B": (24, 24)}
+IMAGES = {"A": ((12, 24), 3, 4 + 2 * (4 + 1)), "B": ((24, 24), 5, 4 + 4 * (4 + 1))}
 
 
 def make(attn_implementation="sdpa", dtype=torch.float32, seed=0):
@@ -20,26 +21,13 @@ def make(attn_implementation="sdpa", dtype=torch.float32, seed=0):
         text_config=Qwen2Config(**DECODER),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
-        image_grid_pinpoints=[list(size) for size in SIZES.values()],
+        image_grid_pinpoints=[list(size) for size, _, _ in IMAGES.values()],
     )
     return build(LlavaOnevisionForConditionalGeneration, config, attn_implementation, dtype, seed)
 
 
 def inputs(model, batch=1, seed=0, first=0):
-    def image(size, generator):
-        height, width = SIZES[size]
-        rows, columns = height // PATCH, width // PATCH
-        tiles = 1 + (height // SIDE) * (width // SIDE)
-        tokens = [IMAGE] * ((SIDE // PATCH) ** 2 + rows * (columns + 1))
-        return tokens, (pixels(generator, tiles, 3, SIDE, SIDE), SIZES[size])
-
-    made = prompt(image, batch, seed, first)
-    out = {"input_ids": made.input_ids, "attention_mask": made.attention_mask}
-    if made.flat_images:
-        tiles, sizes = zip(*made.flat_images, strict=True)
-        padded = torch.nn.utils.rnn.pad_sequence(list(tiles), batch_first=True)
-        out |= {"pixel_values": padded.to(dtype_of(model)), "image_sizes": torch.tensor(sizes)}
-    return out
+    return _tiles.inputs(model, IMAGES, batch, seed, first)
 
 
 MODEL = ZooModel(

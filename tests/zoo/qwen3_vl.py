@@ -11,20 +11,20 @@ from tests.zoo import _qwen
 from tests.zoo._base import ZooModel, build, image_tokens
 
 LAYERS = 12
+TOWER = {
+    **_qwen.TOWER,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "out_hidden_size": _qwen.TEXT["hidden_size"],
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1],
+}
 
 
 def make(attn_implementation="sdpa", dtype=torch.float32, seed=0):
     text = {**_qwen.TEXT, "num_hidden_layers": LAYERS, "intermediate_size": 64, "head_dim": 16}
     text.pop("tie_word_embeddings")
-    tower = {
-        **_qwen.TOWER,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "out_hidden_size": text["hidden_size"],
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0, 1],
-    }
-    config = Qwen3VLConfig(text_config=text, vision_config=tower, **_qwen.IDS)
+    config = Qwen3VLConfig(text_config=text, vision_config=TOWER, **_qwen.IDS)
     return build(Qwen3VLForConditionalGeneration, config, attn_implementation, dtype, seed)
 
 
