@@ -45,6 +45,8 @@ class Facts:
     was_training: bool
     generated: bool
     """Whether the model's own `generate` ran; else it was called once."""
+    bypassed: str | None
+    """The class of what the model wraps, where no forward of the wrapper itself ran."""
     recompile_limit: int
     reads: DecodeReads | None
     kv: KVReport | None
@@ -54,6 +56,11 @@ class Facts:
 
 def advise(facts: Facts) -> tuple[str, ...]:
     """All advice that applies, the most important first."""
+    if facts.bypassed is not None:  # nothing was seen that more could be said of
+        return (
+            f"The model is a wrapper, and generate calls the {facts.bypassed} inside of it: compile that one, or use "
+            f"{WHOLE}, which finds it.",
+        )
     return tuple(
         line
         for rule in (_failures, _missing, _pieces, _refusals, *READS_RULES, _vision, _visual, _training, _no_decode)

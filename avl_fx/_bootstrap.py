@@ -39,16 +39,18 @@ def mean_interval(
     if not values:
         raise ValueError("there are no values to average")
     numbers: dict[Hashable, int] = {}
-    member = torch.tensor([numbers.setdefault(g, len(numbers)) for g in (groups or range(len(values)))])
-    scores = torch.tensor(values, dtype=torch.float64)
+    member = torch.tensor(
+        [numbers.setdefault(g, len(numbers)) for g in (groups or range(len(values)))], dtype=torch.int64, device="cpu"
+    )
+    scores = torch.tensor(values, dtype=torch.float64, device="cpu")
     count = len(numbers)
-    totals = torch.zeros(count, dtype=torch.float64).index_add_(0, member, scores)
-    sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, member, torch.ones_like(scores))
+    totals = torch.zeros(count, dtype=torch.float64, device="cpu").index_add_(0, member, scores)
+    sizes = torch.zeros(count, dtype=torch.float64, device="cpu").index_add_(0, member, torch.ones_like(scores))
     generator = torch.Generator().manual_seed(seed)
-    means = torch.empty(resamples, dtype=torch.float64)
+    means = torch.empty(resamples, dtype=torch.float64, device="cpu")
     for number in range(resamples):
-        drawn = torch.randint(count, (count,), generator=generator)
+        drawn = torch.randint(count, (count,), generator=generator, dtype=torch.int64, device="cpu")
         means[number] = totals[drawn].sum() / sizes[drawn].sum()
     edge = (1 - LEVEL) / 2
-    low, high = means.quantile(torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist()
+    low, high = means.quantile(torch.tensor([edge, 1 - edge], dtype=torch.float64, device="cpu")).tolist()
     return Interval(scores.mean().item(), low, high)

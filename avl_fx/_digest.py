@@ -43,6 +43,7 @@ from avl_fx.savings import (
     scoring_flops,
     spare_bytes,
 )
+from avl_fx.wrappers import unwrapped
 
 __all__ = ["Run", "digest", "visual_spans"]
 
@@ -59,6 +60,12 @@ class Run:
     was_training: bool
     generated: bool = False
     forwards: list[ForwardReport] = field(default_factory=list)
+    calling: bool = False
+    """Whether a forward is running."""
+    counts: list[int] = field(default_factory=list)
+    """Calls of each graph when the last forward had ended."""
+    noted: float = 0.0
+    """When that was, as `time.perf_counter` tells it."""
     cache: Any = None
     breaks: dict[str, int] = field(default_factory=dict)
     stopped: str | None = None
@@ -96,6 +103,7 @@ def digest(run: Run) -> Report:
         vision_path=vision,
         was_training=run.was_training,
         generated=run.generated,
+        bypassed=_bypassed(run),
         recompile_limit=_compat.recompile_limit(),
         reads=reads,
         kv=kv,
@@ -268,6 +276,11 @@ def _depth(model: nn.Module, path: str) -> int | None:
     except AttributeError:
         return None
     return len(layers) if isinstance(layers, nn.ModuleList | nn.Sequential) else None
+
+
+def _bypassed(run: Run) -> str | None:
+    inside = unwrapped(run.model)
+    return None if run.forwards or inside is run.model else type(inside).__name__
 
 
 def _coverage(run: Run, sites: Sequence[SiteReport], decoder: Sequence[SiteReport]) -> DecoderReport:

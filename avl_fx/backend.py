@@ -17,7 +17,7 @@ from avl_fx.modality import carried, given, may_carry
 from avl_fx.observe import active_observer
 from avl_fx.options import BackendOptions, parse_options
 from avl_fx.passes.context import PassContext
-from avl_fx.passes.nodes import alias_root, arg, hint, op, shape
+from avl_fx.passes.nodes import alias_root, arg, hint, op, shape, writes_to
 from avl_fx.passes.pipeline import run_stages
 from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.passes.site import Site, Status
@@ -92,7 +92,7 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
     record.nodes_after = len(gm.graph.nodes)
     left = None if ctx.prompt_filter is None else (ctx.prompt_filter.left, _tokens_left(ctx))
     record.linears["after"], record.linear_flops["after"] = _linears(gm, left)
-    dense_keys = _dense_keys(gm, ctx)
+    dense_keys = _dense_keys(gm, ctx) if record.failure is None else tuple((i, None) for i in _cached(gm, past))
     hidden = [position for position, tensor in enumerate(example_inputs) if may_carry(tensor)]
     if keep_text:
         record.after = _compat.readable(gm)
@@ -193,6 +193,12 @@ def _past_rows(gm: fx.GraphModule) -> tuple[int, ...]:
     grown = (n.args[0] for n in gm.graph.nodes if op(n) == "cat" and isinstance(n.args[0], tuple | list))
     firsts = (alias_root(parts[0]) for parts in grown if len(parts) == 2 and isinstance(parts[0], fx.Node))
     return tuple(sorted({inputs[n] for n in firsts if n in inputs and len(shape(n) or ()) == 4}))
+
+
+def _cached(gm: fx.GraphModule, past: tuple[int, ...]) -> tuple[int, ...]:
+    """Inputs that may hold cached keys, where no pass said which ones do: those that are appended or written to."""
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    return past + tuple(i for i, n in enumerate(inputs) if len(shape(n) or ()) == 4 and writes_to(n))
 
 
 def _cached_inputs(attention: fx.Node) -> list[fx.Node]:

@@ -277,7 +277,7 @@ class AVLCache(Cache):
         """Repeat each batch row ``repeats`` times."""
         own = self._own()
         batch = own[0].values.shape[0] if own else 0
-        index = torch.arange(batch).repeat_interleave(repeats)
+        index = torch.arange(batch, device="cpu").repeat_interleave(repeats)
         self._select(index, lambda rows: rows.repeat_interleave(repeats, 0), repeats)
 
     def _select(self, index: Tensor, take: Callable[[Tensor], Tensor], repeats: int | None = None) -> None:
@@ -319,7 +319,7 @@ class AVLCache(Cache):
                     if isinstance(value, Tensor):
                         setattr(layer, name, value if is_dropped(value) else value.clone())
         if state is not None:
-            batch = torch.arange(len(state.slots))
+            batch = torch.arange(len(state.slots), device="cpu")
             state.select(batch).attach(twin._keys())
         return twin
 

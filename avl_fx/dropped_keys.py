@@ -64,12 +64,17 @@ def is_dropped(keys: Tensor) -> bool:
 def check_stored(keys: Tensor, layer: int | None) -> None:
     """Raise when a graph is about to attend densely to keys that a lazy plan did not store.
 
+    Args:
+        keys: what the cache has in the place of keys.
+        layer: whose they are, where that is known.
+
     Raises:
         CacheStateError: naming the layer.
     """
     if is_dropped(keys):
+        who = "a decoder layer" if layer is None else f"decoder layer {layer}"
         raise CacheStateError(
-            f"decoder layer {layer} is about to attend to keys that a lazy plan did not store in this cache",
+            f"{who} is about to attend to keys that a lazy plan did not store in this cache",
             field="past_key_values",
             remedy="use a fresh cache, or run every step on this cache under the plan that filled it; if it is the "
             "same plan, a graph was refused its lazy rewrite and avl_fx.explain(model, plan, ...) says why",

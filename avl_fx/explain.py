@@ -24,6 +24,7 @@ from avl_fx.options import parse_options
 from avl_fx.plan import Plan, PlanSpec
 from avl_fx.record import recording
 from avl_fx.report import ForwardReport, Report
+from avl_fx.wrappers import wrapping
 
 __all__ = ["FRONT_DOORS", "explain"]
 
@@ -113,7 +114,8 @@ def _bare(model: nn.Module, options: Mapping[str, Any], watch: Watch) -> None:
 
 def _by_regions(model: nn.Module, options: Mapping[str, Any], watch: Watch) -> None:
     regions.compile(model, options=dict(options), **_compat.isolation())
-    _compat.watch_calls(model, watch)
+    for module in wrapping(model):  # generate may call what the model is wrapped in, or what it wraps
+        _compat.watch_calls(module, watch)
 
 
 FRONT_DOORS: Mapping[str, Callable[[nn.Module, Mapping[str, Any], Watch], None]] = {
@@ -167,34 +169,38 @@ def _has_stock_generate(model: nn.Module) -> bool:
 class _Watch:
     """Stands in for the call of a model and notes what ran since its last call ended.
 
-    Since then, and not since this call began: `generate` encodes images before it calls the model.
+    Since then, and not since this call began: `generate` encodes images before it calls the model. A call within a
+    call, where a wrapper is watched and what it wraps, is one forward.
     """
 
     def __init__(self, result: Run, call: Callable[..., Any]) -> None:
         self._result, self._call = result, call
-        self._counts: list[int] = []
-        self._time = time.perf_counter()
+        result.noted = time.perf_counter()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._result.calling:
+            return self._call(*args, **kwargs)
+        self._result.calling = True
         try:
             return self._call(*args, **kwargs)
         finally:
+            self._result.calling = False
             self._note()
 
     def _note(self) -> None:
         now = time.perf_counter()
         counts = [graph.calls for graph in self._result.recorder.graphs]
-        known = len(self._counts)
-        ran = (n - before for n, before in zip(counts, self._counts + [0] * (len(counts) - known), strict=True))
+        known = len(self._result.counts)
+        ran = (n - before for n, before in zip(counts, self._result.counts + [0] * (len(counts) - known), strict=True))
         self._result.forwards.append(
             ForwardReport(
                 phase="decode" if self._result.forwards else "prefill",
-                seconds=now - self._time,
+                seconds=now - self._result.noted,
                 captured=tuple(range(known, len(counts))),
                 graphs={index: n for index, n in enumerate(ran) if n},
             )
         )
-        self._counts, self._time = counts, now
+        self._result.counts, self._result.noted = counts, now
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ def one_by_one(device: torch.device) -> bool:
 @lru_cache(maxsize=64)
 def _everything(batch: int, device: torch.device, weigh: bool) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # kept for later calls, which may run in any mode
-        segments = torch.zeros(batch, MAX_SEGMENTS, 2, dtype=torch.int64)
+        segments = torch.zeros(batch, MAX_SEGMENTS, 2, dtype=torch.int64, device="cpu")
         segments[:, 0, 1] = _END
         return segments.to(device), torch.tensor([int(weigh)], dtype=torch.int32, device=device)
 
@@ -149,12 +149,12 @@ class Partition:
         if most == 0:
             note_division(Undivided.NO_VISUAL)
             return None
-        slots = torch.full((len(visual), most), -1, dtype=torch.int64)
+        slots = torch.full((len(visual), most), -1, dtype=torch.int64, device="cpu")
         for row, flags in enumerate(visual):
             slots[row, : counts[row]] = flags.nonzero().flatten()
         totals = counts.tolist() if stored is None else stored.visual
         core, secondary = (
-            torch.tensor([int(share * n) for n in totals], dtype=torch.int64).clamp(max=counts)
+            torch.tensor([int(share * n) for n in totals], dtype=torch.int64, device="cpu").clamp(max=counts)
             for share in (policy.core, policy.secondary)
         )
         gaps = stored if text_policy is None else None  # under a text window every step knows where rows end
@@ -313,7 +313,7 @@ class Partition:
             ``-1`` for none.
         """
         stored = self.stored or StoredRows.of_complete(self.length, self.visual.sum(1).tolist())
-        keep = torch.ones(len(self.visual), self.length, dtype=torch.bool)
+        keep = torch.ones(len(self.visual), self.length, dtype=torch.bool, device="cpu")
         if visible is not None:
             keep &= visible[:, : self.length]
         slots, secondary = self.slots.cpu(), self.secondary.tolist()
@@ -324,7 +324,7 @@ class Partition:
                 keep[row, self.text.slots[row, self.text.kept[row] : self.text.counts[row]]] = False
         stored, source, places = stored.pack(keep)
         slots = slots[:, : max([*secondary, 1])]
-        beyond = torch.arange(slots.shape[1]) >= self.secondary.cpu()[:, None]
+        beyond = torch.arange(slots.shape[1], device="cpu") >= self.secondary.cpu()[:, None]
         slots = places.gather(1, slots.clamp(min=0)).masked_fill(beyond, -1)
         text = self.text
         if text is not None:
@@ -365,7 +365,7 @@ class Partition:
     def owned_rows(self) -> Tensor:
         """The rows for which lazy layers own keys, int64 ``[B, length - keyless]`` on the CPU, in order."""
         assert self.stored is not None
-        positions = torch.arange(self.length)
+        positions = torch.arange(self.length, device="cpu")
         left_out = self.slots.cpu()[:, : self.stored.keyless]
         return torch.stack([positions[~torch.isin(positions, row)] for row in left_out])
 
@@ -451,7 +451,7 @@ class Partition:
         """At which position the row that lies at each one entered the cache; int64 ``[B, G, keys]`` on the CPU."""
         slots, tokens = self.slots.cpu(), self.tokens.get(layer)
         groups = 1 if tokens is None else tokens.shape[1]
-        found = torch.arange(keys).repeat(len(slots), groups, 1)
+        found = torch.arange(keys, device="cpu").repeat(len(slots), groups, 1)
         for row, entered in enumerate(found):
             if tokens is not None:
                 visual = slots[row][slots[row] >= 0]
@@ -482,7 +482,7 @@ class _Attached:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Attached:
         # A copied cache has a state of its own. Copying counts as writing, always equally often.
-        version = _version(copy.deepcopy(torch.empty(0)))
+        version = _version(copy.deepcopy(torch.empty(0, dtype=torch.float32, device="cpu")))
         return _Attached(copy.deepcopy(self.partition, memo), self.generation, version)
 
 
@@ -587,7 +587,7 @@ def _spans(positions: Tensor) -> list[tuple[int, int]]:
     there = positions[positions >= 0]
     if not len(there):
         return []
-    last = torch.cat([there.diff() != 1, torch.ones(1, dtype=torch.bool)])
+    last = torch.cat([there.diff() != 1, torch.ones(1, dtype=torch.bool, device="cpu")])
     first = last.roll(1)
     return list(zip(there[first].tolist(), (there[last] + 1).tolist(), strict=True))
 
@@ -603,8 +603,8 @@ def ranges_of(flags: Tensor) -> Tensor | None:
 
 def _segments(ranges: Ranges) -> Tensor:
     """As `avl::partitioned_decode` takes them; int64 ``[B, MAX_SEGMENTS, 2]``."""
-    segments = torch.zeros(len(ranges), MAX_SEGMENTS, 2, dtype=torch.int64)
+    segments = torch.zeros(len(ranges), MAX_SEGMENTS, 2, dtype=torch.int64, device="cpu")
     for row, pairs in enumerate(ranges):
         lengths = [(start, end - start) for start, end in pairs]
-        segments[row, : len(pairs)] = torch.tensor(lengths, dtype=torch.int64).view(-1, 2)
+        segments[row, : len(pairs)] = torch.tensor(lengths, dtype=torch.int64, device="cpu").view(-1, 2)
     return segments

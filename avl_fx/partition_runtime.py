@@ -266,7 +266,7 @@ class PartitionRuntime:
                 level = logging.INFO if visual.shape[1] > length else logging.WARNING
                 log.log(level, "visual positions %s do not fit %d of %d keys", tuple(visual.shape), queries, length)
             return None
-        seen = torch.zeros(batch, length, dtype=torch.bool)
+        seen = torch.zeros(batch, length, dtype=torch.bool, device="cpu")
         if before is not None:
             seen[:, : before.visual.shape[1]] = before.visual[:, :length]
         if fits:

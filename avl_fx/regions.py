@@ -23,6 +23,7 @@ from avl_fx.errors import CaptureError, OptionError
 from avl_fx.modality_hook import ModalityHook
 from avl_fx.options import parse_options
 from avl_fx.plan import Plan, PlanSpec
+from avl_fx.wrappers import unwrapped, wrapping
 
 __all__ = ["Region", "compile", "compiled_plan", "find_regions", "set_aside", "uncompile"]
 
@@ -66,8 +67,8 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
     replaces the plan.
 
     Args:
-        model: any vision-language model. One without a decoder that can be told apart (no ``get_decoder``) is compiled
-            as a single region.
+        model: any vision-language model, also inside of a wrapper (PEFT, DistributedDataParallel). One without a
+            decoder that can be told apart (no ``get_decoder``) is compiled as a single region.
         plan: a `Plan`, dict, path or preset name; default: identity.
         **torch_compile_kwargs: as for ``torch.compile``: ``mode``, ``dynamic``, ``fullgraph``, ``disable``, and
             ``options`` of the backend.
@@ -89,7 +90,7 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
     kwargs = _arguments(plan, torch_compile_kwargs)
     resolved = Plan.resolve(kwargs["options"]["plan"])
     resolved.check_supported()
-    depth = _compat.decoder_depth(model)
+    depth = _compat.decoder_depth(unwrapped(model))
     if depth is not None:
         resolved.check_depth(depth)
     uncompile(model)
@@ -103,13 +104,14 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
             settings["recompile_limit"] = RECOMPILE_LIMIT
         any_length = resolved.filters_prompts and region.role != "vision"
         _compat.compile_module(region.module, settings, kwargs, _limit_hit, any_length)
-    _compiled[model] = _Compiled(regions, ModalityHook.install(model), resolved)
+    hooks = [handle for module in wrapping(model) for handle in ModalityHook.install(module)]
+    _compiled[unwrapped(model)] = _Compiled(regions, tuple(hooks), resolved)
     return model
 
 
 def uncompile(model: nn.Module) -> nn.Module:
     """Undo `compile`; a model that is not compiled is left alone."""
-    state = _compiled.pop(model, None)
+    state = _compiled.pop(unwrapped(model), None)
     if state is not None:
         for handle in state.hooks:
             handle.remove()
@@ -120,15 +122,16 @@ def uncompile(model: nn.Module) -> nn.Module:
 
 def find_regions(model: nn.Module) -> tuple[Region, ...]:
     """The regions that `compile` compiles: decoder and vision encoder where both can be told apart, else the model."""
-    decoder = _ask(model, "get_decoder")
+    asked = unwrapped(model)
+    decoder = _ask(asked, "get_decoder")
     if _compat.is_encoder_decoder(getattr(decoder, "config", None)):
         # Its own forward may never be called, only those of its halves.
         decoder = _ask(cast(nn.Module, decoder), "get_decoder") or decoder
-    if decoder is None or decoder is model:
+    if decoder is None or decoder is asked:
         return (Region("", model, "model"),)
     regions = [Region(_path(model, decoder), decoder, "decoder")]
-    vision = _ask(model, "get_encoder", modality="image")
-    if vision is not None and vision is not model and vision is not decoder and _path(model, vision):
+    vision = _ask(asked, "get_encoder", modality="image")
+    if vision is not None and vision is not asked and vision is not decoder and _path(model, vision):
         inside = any(m is decoder for m in vision.modules()) or any(m is vision for m in decoder.modules())
         if not inside:
             regions.append(Region(_path(model, vision), vision, "vision"))
@@ -141,8 +144,8 @@ def _limit_hit() -> CaptureError:
         "would run eagerly now, which a plan that drops keys does not allow",
         field="torch._dynamo.config.recompile_limit",
         remedy="raise it where calls differ so much (TORCH_LOGS=recompiles tells how), or leave out what splits the "
-        "decoder into one graph a layer (output_attentions, output_hidden_states and other hooks): for such calls "
-        "avl_fx.uncompile(model) first",
+        "decoder into one graph a layer (output_attentions, output_hidden_states, hooks such as accelerate sets for "
+        "several devices): for such calls avl_fx.uncompile(model) first",
     )
 
 
@@ -191,7 +194,7 @@ def _arguments(plan: PlanSpec, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def compiled_plan(model: nn.Module) -> Plan | None:
     """The plan that ``model`` was compiled with by `compile`, or ``None``."""
-    state = _compiled.get(model)
+    state = _compiled.get(unwrapped(model))
     return None if state is None else state.plan
 
 
@@ -201,11 +204,12 @@ def set_aside(model: nn.Module) -> Iterator[None]:
 
     The attributes of the modules themselves are restored by whoever opens the block, see `avl_fx._untouched`.
     """
-    state = _compiled.get(model)
+    key = unwrapped(model)
+    state = _compiled.get(key)
     uncompile(model)
     try:
         yield
     finally:
-        _compiled.pop(model, None)
+        _compiled.pop(key, None)
         if state is not None:
-            _compiled[model] = state
+            _compiled[key] = state

@@ -65,7 +65,7 @@ def sources(partition: Partition, layer: int, keys: int) -> Tensor | None:
     """
     entered = partition.entered(layer, keys)
     found = entered.argsort(-1)
-    return None if torch.equal(found, torch.arange(keys).expand_as(found)) else found
+    return None if torch.equal(found, torch.arange(keys, device="cpu").expand_as(found)) else found
 
 
 def as_entered(args: Sequence[Any], positions: Sequence[int]) -> list[Any]:

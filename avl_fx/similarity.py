@@ -47,7 +47,7 @@ class Statistics:
         """Nothing seen yet. Layers that are never seen stay infinitely far from all others."""
 
         def zeros(*size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.float64)
+            return torch.zeros(size, dtype=torch.float64, device="cpu")
 
         return cls(
             samples=0,
@@ -129,7 +129,7 @@ def divergences(rows: Mapping[int, Tensor], apart: Collection[tuple[int, int]], 
     layers that are missing, ``apart``, or of another number of heads or keys.
     """
     batch = next(iter(rows.values())).shape[0]
-    found = torch.full((batch, layers, layers), math.inf, dtype=torch.float64)
+    found = torch.full((batch, layers, layers), math.inf, dtype=torch.float64, device="cpu")
     found.diagonal(dim1=1, dim2=2).zero_()
     work = {layer: row.double() for layer, row in rows.items()}
     entropy = {layer: _entropy(row) for layer, row in work.items()}
@@ -170,8 +170,8 @@ def concentration(rows: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
             masses.append(row[seen].sum())
             if masses[-1] > 0:
                 shares.append(share_holding(row[seen]))
-    none = torch.zeros(0, dtype=torch.float64), torch.zeros(0, len(MASSES), dtype=torch.float64)
-    return torch.stack(masses) if masses else none[0], torch.stack(shares) if shares else none[1]
+    none = torch.zeros(0, len(MASSES), dtype=torch.float64, device="cpu")
+    return torch.stack(masses) if masses else none[:, 0], torch.stack(shares) if shares else none
 
 
 def share_holding(scores: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def share_holding(scores: Tensor) -> Tensor:
         scores: float64 ``[keys]``, at least one above 0, none negative.
     """
     held = scores.sort(descending=True).values.cumsum(0)
-    wanted = torch.tensor(MASSES, dtype=torch.float64) * held[-1]
+    wanted = torch.tensor(MASSES, dtype=torch.float64, device="cpu") * held[-1]
     # A sum that reaches a mass exactly, but for its rounding, holds it.
     missing = (held[None, :] < wanted[:, None] * (1 - 1e-9)).sum(1)
     return (missing + 1).double() / len(scores)

@@ -47,12 +47,12 @@ class StoredRows:
     @classmethod
     def of_complete(cls, length: int, visual: list[int]) -> StoredRows:
         """The layout of a cache that holds all of ``length`` tokens, ``visual`` of them visual."""
-        columns = torch.arange(length).expand(len(visual), -1)
+        columns = torch.arange(length, device="cpu").expand(len(visual), -1)
         return cls(columns, length, length, [length] * len(visual), length, visual)
 
     def extended(self, tokens: int, visual: list[int]) -> StoredRows:
         """The layout after ``tokens`` more were appended, ``visual`` of them visual."""
-        more = torch.arange(self.length, self.length + tokens).expand(len(visual), -1)
+        more = torch.arange(self.length, self.length + tokens, device="cpu").expand(len(visual), -1)
         columns = torch.cat([self.columns[:, : self.count], more], 1)
         totals = [old + new for old, new in zip(self.visual, visual, strict=True)]
         return replace(self, columns=columns, count=self.count + tokens, length=self.length + tokens, visual=totals)
@@ -67,7 +67,7 @@ class StoredRows:
         ends = keep.sum(1)
         count = int(ends.max())
         places = (keep.cumsum(1) - 1).clamp(min=0)
-        source = torch.full((len(keep), count), -1, dtype=torch.int64)
+        source = torch.full((len(keep), count), -1, dtype=torch.int64, device="cpu")
         for row, flags in enumerate(keep):
             source[row, : ends[row]] = flags.nonzero().flatten()
         columns = self.columns[:, : self.count].gather(1, source.clamp(min=0)).masked_fill(source < 0, -1)

@@ -74,7 +74,7 @@ class TextWindow:
         if visible is not None:
             text &= visible[:, : text.shape[1]].cpu()
         counts = text.sum(1).tolist()
-        slots = torch.zeros(len(text), max([*counts, 1]), dtype=torch.int64)
+        slots = torch.zeros(len(text), max([*counts, 1]), dtype=torch.int64, device="cpu")
         for row, flags in enumerate(text):
             slots[row, : counts[row]] = flags.nonzero().flatten()
         gone = [0] * len(counts) if before is None else list(before.gone)
@@ -102,7 +102,7 @@ class TextWindow:
             self.slots = _padded(self.slots, more)
             self.tokens = {layer: _padded(t, more) for layer, t in self.tokens.items()}
             self.scores = {layer: _padded(t, more) for layer, t in self.scores.items()}
-        self.slots[torch.arange(len(self.counts)), self.counts] = position
+        self.slots[torch.arange(len(self.counts), device="cpu"), self.counts] = position
         self.newest = position if age is None else age
         self.counts = [count + 1 for count in self.counts]
 
@@ -126,7 +126,7 @@ class TextWindow:
         if layer not in self.tokens:
             self.tokens[layer] = self.slots.clone()
         if layer not in self.scores:
-            self.scores[layer] = torch.zeros(self.slots.shape)
+            self.scores[layer] = torch.zeros(self.slots.shape, dtype=torch.float32, device="cpu")
         weights = weights.detach().to("cpu", torch.float32).contiguous()
         budgets = [self.budget(row) for row in range(len(self.counts))]
         quantile = 1 - self.policy.budget if self.policy.decay == "forgetting" else -1.0
@@ -236,7 +236,7 @@ class TextWindow:
             pairs.append(moved)
         most = max(map(len, pairs))
         padded = [moved + [(0, -1)] * (most - len(moved)) for moved in pairs]
-        table = torch.tensor(padded, dtype=torch.int64).view(len(pairs), most, 2)
+        table = torch.tensor(padded, dtype=torch.int64, device="cpu").view(len(pairs), most, 2)
         return table[:, None, :, 0].contiguous(), table[:, None, :, 1].contiguous()
 
 

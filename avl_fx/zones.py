@@ -29,7 +29,7 @@ def spread_order(tokens: Tensor, layers: Sequence[int]) -> Tensor:
         tokens: int64 ``[layers, B, G, N]``: each key's number among the visual keys of its batch row, from 0.
         layers: the decoder layers.
     """
-    layer = torch.tensor(layers, device=tokens.device)[:, None, None, None]
+    layer = torch.tensor(layers, dtype=torch.int64, device=tokens.device)[:, None, None, None]
     head = torch.arange(tokens.shape[2], device=tokens.device)[:, None]
     return ((tokens + 1) * _GOLDEN + layer * _BY_LAYER + head * _BY_HEAD) & _MASK
 

@@ -22,7 +22,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["bind", "cache_folder", "compiler", "load"]
+import torch
+from torch import Tensor
+
+__all__ = ["bind", "cache_folder", "check_dtype", "compiler", "load"]
 
 log = logging.getLogger("avl_fx")
 
@@ -61,6 +64,17 @@ def bind(source: Path, name: str, arguments: Sequence[Any], result: Any = None) 
     function: Any = getattr(library, name)
     function.argtypes, function.restype = list(arguments), result
     return function
+
+
+def check_dtype(dtype: torch.dtype, **tensors: Tensor) -> None:
+    """Raise before a C function, which sees addresses alone, takes elements of one size for those of another.
+
+    Raises:
+        TypeError: naming the tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: {tensor.dtype} instead of {dtype}.")
 
 
 @cache

@@ -40,6 +40,8 @@ def _is_narrow(node: fx.Node) -> bool:
     given, weight, out = fake(arg(node, 0, "input")), fake(arg(node, 1, "weight")), fake(node)
     if not all(isinstance(t, torch.Tensor) for t in (given, weight, out)):
         return False
+    if hasattr(weight, "__tensor_flatten__"):  # a tensor subclass, such as a quantised weight: has a product of its own
+        return False
     if out.device.type != "cpu" or {given.dtype, weight.dtype, out.dtype} != {torch.float32} or out.requires_grad:
         return False
     rows = [hint(n) for n in given.shape[:-1]]

@@ -22,7 +22,7 @@ def anchor_decode_cpu(
     """`avl::anchor_decode` on CPU; see the schema for shapes."""
     arguments = query, key, value, new_key, new_value, mask, segments, weigh, scale
     seen = key.shape[2] + (new_key is not None)
-    kept = torch.full((query.shape[0], query.shape[1], seen), -torch.inf)
+    kept = torch.full((query.shape[0], query.shape[1], seen), -torch.inf, dtype=torch.float32, device="cpu")
     done = partitioned_decode_native(*arguments, kept=kept)
     return anchor_decode_aten(*arguments) if done is None else (*done, kept)
 

@@ -42,7 +42,7 @@ def narrow_linear_native(input: Tensor, weight: Tensor, bias: Tensor | None) -> 
     input = input.contiguous()
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
-    out = torch.empty((*input.shape[:-1], wide), dtype=torch.float32)
+    out = torch.empty((*input.shape[:-1], wide), dtype=torch.float32, device="cpu")
     sizes = _Sizes(rows, features, wide, features, weight.stride(0), torch.get_num_threads())
     function(input.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), sizes)
     return out

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avl_fx.kernels.native import bind
+from avl_fx.kernels.native import bind, check_dtype
 
 __all__ = ["forget_native", "partition_native", "reselect_native"]
 
@@ -80,8 +80,10 @@ def reselect_native(
     function = _reselect()
     if function is None:
         return None
+    check_dtype(torch.float32, weights=weights)
+    check_dtype(torch.int64, slots=slots, tokens=tokens, core=core, secondary=secondary)
     batch, groups, visual = tokens.shape
-    source, target = (torch.empty(batch, groups, room, dtype=torch.int64) for _ in range(2))
+    source, target = (torch.empty(batch, groups, room, dtype=torch.int64, device="cpu") for _ in range(2))
     tensors = (weights.contiguous(), slots.contiguous(), tokens, core, secondary, source, target)
     sizes = _SelectSizes(batch, weights.shape[1], groups, weights.shape[2], visual, room, torch.get_num_threads())
     moves = function(*(tensor.data_ptr() for tensor in tensors), sizes)
@@ -119,11 +121,13 @@ def forget_native(
     function = _forget()
     if function is None:
         return None
+    check_dtype(torch.float32, weights=weights, scores=scores)
+    check_dtype(torch.int64, slots=slots, tokens=tokens)
     batch, capacity = slots.shape
     appended = entered is not None
     room = 2 * max(1, *(k + appended - b for k, b in zip(kept, budgets, strict=True)))
-    lists = [torch.tensor(numbers, dtype=torch.int64) for numbers in (kept, counts, budgets)]
-    source, target = (torch.empty(batch, 1, room, dtype=torch.int64) for _ in range(2))
+    lists = [torch.tensor(numbers, dtype=torch.int64, device="cpu") for numbers in (kept, counts, budgets)]
+    source, target = (torch.empty(batch, 1, room, dtype=torch.int64, device="cpu") for _ in range(2))
     tensors = (weights, slots, tokens, scores, *lists, source, target)
     sizes = _ForgetSizes(batch, weights.shape[1], weights.shape[2], capacity, room, int(appended), entered or 0)
     moves = function(*(tensor.data_ptr() for tensor in tensors), sizes, quantile)

@@ -168,7 +168,8 @@ def partition_layers_triton(
     pairs = [(key, value) for key, value, _ in caches]
     rows = [(*(0 if cache is None else cache.data_ptr() for cache in (key, value)), n, 0) for key, value, n in caches]
     # From pinned memory: the host need not wait until the device has it.
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=source.is_cuda).to(source.device, non_blocking=True)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=source.is_cuda)
+    table = table.to(source.device, non_blocking=True)
     together = max(1, MOST_SCRATCH // max(_scratch_bytes(cache, source.shape[-1]) for cache in pairs[0]))
     for first in range(0, len(pairs), together):
         last = first + together

@@ -38,7 +38,7 @@ def partitioned_decode_aten(
     if mask is not None:
         mask = mask if mask.dtype == torch.bool else mask.float()
         mask = mask.expand(torch.broadcast_shapes(mask.shape, (1, 1, 1, keys)))
-    weights = torch.empty(batch, kv_heads, 0 if weigh is None else keys)
+    weights = torch.empty(batch, kv_heads, 0 if weigh is None else keys, dtype=torch.float32, device="cpu")
     wanted = weigh is not None and bool(weigh)
     rows = [[(0, keys)]] * batch if segments is None else segments.tolist()
     runs = _runs([_merged(row, keys) for row in rows])

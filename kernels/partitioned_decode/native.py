@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avl_fx.kernels.native import bind
+from avl_fx.kernels.native import bind, check_dtype
 from avl_fx.kernels.partitioned_decode.capacity import check_spare_row
 
 __all__ = ["is_available", "partitioned_decode_native", "run"]
@@ -90,6 +90,8 @@ def run(
     function, code = _function(), _DTYPES.get(dtype)
     if function is None or code is None or (mask is not None and mask.dtype not in _MASKS):
         return None
+    if kept is not None:
+        check_dtype(torch.float32, kept=kept)
     batch, kv_heads, keys, value_dim = value.shape
     head_dim = 0 if query is None else query.shape[3]
     value_strides = value.stride()
@@ -121,8 +123,8 @@ def run(
     if inherited is not None:
         inherited = inherited.contiguous()
         inherited_entries = inherited.shape[1]
-    out = torch.empty((batch, heads, 1, value_dim), dtype=dtype)
-    weights = torch.empty((batch, kv_heads, 0 if weigh is None else seen), dtype=torch.float32)
+    out = torch.empty((batch, heads, 1, value_dim), dtype=dtype, device="cpu")
+    weights = torch.empty((batch, kv_heads, 0 if weigh is None else seen), dtype=torch.float32, device="cpu")
     pointers = _POINTERS.pack(
         _address(query),
         0 if key is None else _start(key),

@@ -23,7 +23,8 @@ def survivors_reference(
         fillers = sorted(out)[: len(out) - fewest]
         rows.append([j for j in range(tokens) if j not in out or j in fillers])
         valid.append([j not in fillers for j in rows[-1]])
-    return torch.tensor(rows, device=visual.device), torch.tensor(valid, device=visual.device)
+    device = visual.device
+    return torch.tensor(rows, dtype=torch.int64, device=device), torch.tensor(valid, dtype=torch.bool, device=device)
 
 
 def _free(visual: Tensor, last_mask: Tensor | None) -> bool:

@@ -26,7 +26,7 @@ def visual_scores_cpu(
     packed = chosen.reshape(batch, kv_heads, groups * count, head_dim)
     logits = (packed @ key.float().transpose(-1, -2)).view(batch, heads, count, keys)
     if is_causal:
-        logits.masked_fill_(torch.arange(keys) > index, float("-inf"))
+        logits.masked_fill_(torch.arange(keys, device="cpu") > index, float("-inf"))
     if mask is not None:
         bias = mask.expand(batch, -1, -1, -1).gather(2, index.expand(-1, mask.shape[1], -1, keys))
         if bias.dtype == torch.bool:

@@ -91,8 +91,8 @@ def test_divergence_is_that_of_the_oracle_along_the_dense_answer(model, task, pr
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan.avl(core=0.25, secondary=0.5, refresh=2, text=0.6),
-        Plan.lazy(BLOCKS, "vla_scores"),
+        pytest.param(Plan.avl(core=0.25, secondary=0.5, refresh=2, text=0.6), marks=pytest.mark.matrix),
+        pytest.param(Plan.lazy(BLOCKS, "vla_scores"), marks=pytest.mark.matrix),
         Plan.avl(core=0.25, secondary=0.5, refresh=2).combine(Plan.lazy(BLOCKS, "vla")),
     ],
     ids=["avl", "vla_scores", "both"],

@@ -29,7 +29,7 @@ from tests.zoo import get
 
 CASES = [
     ("llava", "torch.compile"),
-    ("qwen2_5_vl", "avl_fx.compile"),
+    pytest.param("qwen2_5_vl", "avl_fx.compile", marks=pytest.mark.matrix),
     ("plain_lvlm", "torch.compile"),
 ]
 
@@ -364,7 +364,7 @@ def test_a_cache_that_is_passed_in_stays_empty():
     assert cache.get_seq_length() == 0
 
 
-@pytest.mark.parametrize("door", ["torch.compile", "avl_fx.compile"])
+@pytest.mark.parametrize("door", ["torch.compile", pytest.param("avl_fx.compile", marks=pytest.mark.matrix)])
 def test_a_compact_cache_is_counted_as_it_is(door):
     plan = avl_fx.Plan.avl(core=0.3, secondary=0.5, refresh=3, text=None)
     zoo, model = get("llava"), zoo_model("llava")
@@ -381,7 +381,7 @@ def test_a_compact_cache_is_counted_as_it_is(door):
     assert "nothing is lost" not in str(report), "what is not stored is lost to other plans"
 
 
-@pytest.mark.parametrize("mode", ["vla", "vla_scores"])
+@pytest.mark.parametrize("mode", [pytest.param("vla", marks=pytest.mark.matrix), "vla_scores"])
 def test_visual_keys_that_lazy_layers_do_not_need_are_named(mode):
     """So many bytes less are stored by an `AVLCache`."""
     plan = avl_fx.Plan.lazy([(1, 3)], mode)

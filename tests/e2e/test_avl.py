@@ -124,7 +124,7 @@ def test_partitioned_equals_oracle(case):
     check(*case, compiler="eager")
 
 
-@pytest.mark.parametrize("case", rest_in_matrix(CHOSEN, TOGETHER), ids=ids)
+@pytest.mark.parametrize("case", rest_in_matrix(CHOSEN, TOGETHER[1:]), ids=ids)
 def test_layers_that_choose_and_move_at_once_equal_oracle(case, monkeypatch):
     """As they do where they are not on a CPU."""
     monkeypatch.setattr(avl_fx.partition, "one_by_one", lambda device: False)
@@ -214,7 +214,7 @@ def test_beam_search_runs_densely_after_its_first_reordering(cache):
 
 @pytest.mark.parametrize(
     ("kind", "told"),
-    [("dynamic", False), ("dynamic", True), pytest.param("static", True, marks=pytest.mark.matrix)],
+    rest_in_matrix([("dynamic", False), ("dynamic", True), ("static", True)], [("dynamic", True)], apart=True),
     ids=["dynamic", "dynamic-told", "static-told"],
 )
 def test_a_mask_that_hides_visual_keys_keeps_attention_dense(kind, told, caplog):

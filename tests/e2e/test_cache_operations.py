@@ -211,14 +211,18 @@ SCRIPTS = {
 GROUPS = {f"{plan}-{kind}": (plan, kind) for plan in PLANS for kind in SCRIPTS}
 """Sessions that share what was compiled: a fixture is made anew for every other *object*, not for every other value."""
 MATRIX = pytest.mark.matrix
-OFTEN = (crop_an_answer, crop_into_an_image, crop_twice, reorder_rows, copy_and_crop)
+OFTEN = {
+    ("text", "dynamic"): (crop_into_an_image, copy_and_crop),
+    ("text", "inference"): (crop_an_answer,),
+    ("text", "static"): (reorder_rows,),
+}
 CASES = [
     # A text window asks for all that the visual partition alone does, and for more.
     pytest.param(
         group,
         script,
         id=f"{name}-{script.__name__}",
-        marks=MATRIX if group[0] == "vision" or script not in OFTEN else (),
+        marks=() if script in OFTEN.get(group, ()) else MATRIX,
     )
     for name, group in GROUPS.items()
     for script in SCRIPTS[group[1]]
@@ -265,7 +269,9 @@ def test_operations_between_steps(compiled, script, plain):
     assert largest(never.logits, expected.logits) > 10 * FLOAT32_TOLERANCE, "partitioned steps are among them"
 
 
-@pytest.mark.parametrize("compiled", [GROUPS["vision-dynamic"], GROUPS["vision-static"]], indirect=True)
+@pytest.mark.parametrize(
+    "compiled", [pytest.param(GROUPS["vision-dynamic"], marks=MATRIX), GROUPS["vision-static"]], indirect=True
+)
 def test_reordered_rows_whose_visual_positions_are_told_start_late(compiled, plain):
     """`modality_ids` says of every row of the batch where its images are, here of rows that are alike."""
     (model, plan, kind), (dense, _, _) = compiled, plain
@@ -305,7 +311,7 @@ def use(door, model, plan):
 @pytest.mark.parametrize(
     ("kind", "door", "other"),
     [
-        ("dynamic", "avl_fx.compile", Plan.identity()),
+        pytest.param("dynamic", "avl_fx.compile", Plan.identity(), marks=MATRIX),
         ("dynamic", "torch.compile", Plan.avl(0.2, 0.4, text=0.5, text_minimum=2)),
         pytest.param(
             "static", "avl_fx.compile", Plan.avl(0.2, 0.4, text=0.5, text_minimum=2), marks=pytest.mark.matrix
@@ -336,7 +342,7 @@ def test_a_cache_of_another_plan_is_dense(kind, door, other, plain):
     assert largest(got.logits, expected.logits) <= FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", pytest.param("static", marks=MATRIX)])
 def test_a_cache_of_another_model_is_dense(kind, plain):
     """Weights that were tuned further, on the cache of the weights before: nothing that the first model saw holds."""
     zoo, (first, inputs, _) = ZOO["llava"], plain
@@ -363,7 +369,9 @@ def test_a_cache_of_another_model_is_dense(kind, plain):
     assert largest(got.logits, expected.logits) <= FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize(("door", "kind"), [("avl_fx.compile", "dynamic"), ("torch.compile", "static")])
+@pytest.mark.parametrize(
+    ("door", "kind"), [pytest.param("avl_fx.compile", "dynamic", marks=MATRIX), ("torch.compile", "static")]
+)
 def test_a_cache_that_is_refused_stays_as_it_was(door, kind, plain):
     """The keys of lazy layers are missing: a dense plan is told so, and the lazy one goes on as if nothing happened."""
     _, inputs, _ = plain

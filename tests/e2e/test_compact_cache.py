@@ -133,7 +133,7 @@ def test_lazy_layers_own_no_visual_keys(model, reads, mode):
     assert cache.stored_bytes < compact_cache_bytes(stored, images.tolist(), share, layers)
 
 
-@pytest.mark.parametrize("kind", ["compact", "dynamic"])
+@pytest.mark.parametrize("kind", ["compact", pytest.param("dynamic", marks=pytest.mark.matrix)])
 def test_seven_lazy_layers_of_ten_save_35_percent(kind):
     """Keys of seven layers: 7 of 20 tensors of equal size, by the formula and by what the allocator gave."""
     layers, steps = 10, 8

@@ -75,8 +75,14 @@ def test_what_goes_to_the_compiler_has_one_product_with_keys_a_block(cache, comp
     assert set(inheriting(recorder)) == {last}
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    rest_in_matrix(
+        [(name, cache) for name in ("llava", "qwen2_5_vl") for cache in ("dynamic", "static")],
+        [("llava", "dynamic"), ("qwen2_5_vl", "static")],
+        apart=True,
+    ),
+)
 def test_under_a_plan_that_reads_less(name, cache):
     """One choice of core, and one row of logits, for a block; over refreshes and under a text window."""
     zoo = ZOO[name]

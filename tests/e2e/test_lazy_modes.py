@@ -140,7 +140,7 @@ def test_a_block_has_one_choice_of_keys(mode, preset, cache):
         pytest.param((True, True), DOORS[1], id="second image-regions", marks=pytest.mark.matrix),
     ],
 )
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", rest_in_matrix(MODES, MODES[1:]))
 @pytest.mark.parametrize("kind", ["dynamic", pytest.param("compact", marks=pytest.mark.matrix)])
 def test_a_second_turn(kind, mode, images, door):
     """What is visual in the cache stays visual for later prompts."""
@@ -192,7 +192,7 @@ def check_a_second_turn(kind, mode, images, door):
 # ---- what is not known -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", rest_in_matrix(MODES, MODES[1:]))
 @torch.no_grad()
 def test_unknown_positions_are_dense_with_a_reason(mode):
     """Embeddings that somebody else made do not show what is visual; who knows may tell."""
@@ -220,7 +220,7 @@ def test_unknown_positions_are_dense_with_a_reason(mode):
     assert largest([lazy[real]], [dense[real]]) > 100 * FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", rest_in_matrix(MODES, MODES[1:]))
 def test_a_model_without_visual_keys_is_dense(mode):
     """Mllama's images come in by cross-attention."""
     zoo = ZOO["mllama"]

@@ -14,6 +14,7 @@ import pytest
 
 from avl_fx import Plan, modality_hook, partition, regions
 from avl_fx.modality import given
+from tests.e2e._covering import rest_in_matrix
 from tests.e2e._doors import through
 from tests.e2e._memory import BATCH, live_state, live_tensors, resident
 from tests.zoo import ZOO
@@ -85,7 +86,7 @@ def test_a_thousand_generates_leave_nothing_behind(kind, plan):
     check_generates("avl_fx.compile", kind, plan, count=1000)
 
 
-@pytest.mark.parametrize("plan", [pytest.param("identity", marks=pytest.mark.matrix), "text", "lazy"])
+@pytest.mark.parametrize("plan", rest_in_matrix(["identity", "text", "lazy"], ["text"]))
 def test_a_cache_goes_with_its_last_reference(plan):
     """Without waiting for the garbage collector: a cache is most of a model's working memory."""
     zoo = ZOO["llava"]

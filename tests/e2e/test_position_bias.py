@@ -43,7 +43,7 @@ TEXT = {"core": 1.0, "secondary": 1.0, "refresh": 1, "text": 0.5, "text_minimum"
         pytest.param(VISION, "dynamic", id="vision-dynamic"),
         pytest.param(VISION, "static", id="vision-static", marks=pytest.mark.matrix),
         pytest.param(TEXT, "dynamic", id="text-dynamic", marks=pytest.mark.matrix),
-        pytest.param(TEXT, "static", id="text-static"),
+        pytest.param(TEXT, "static", id="text-static", marks=pytest.mark.matrix),
     ],
 )
 def test_a_position_bias_keeps_attention_dense(cache, settings, caplog):

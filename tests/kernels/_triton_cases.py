@@ -34,6 +34,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 HEADS = ((4, 4), (8, 2), (6, 1))
+OFTEN = {(torch.float32, 8, 2), (torch.float16, 6, 1), (torch.bfloat16, 4, 4)}
+GROUPS = [
+    pytest.param(dtype, *heads, marks=() if (dtype, *heads) in OFTEN else pytest.mark.matrix)
+    for dtype in HALF_OR_SINGLE
+    for heads in HEADS
+]
+"""Interpreted in `make test`: each dtype and each grouping once. `make test-matrix` and a GPU: all of them."""
 
 
 def on_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,8 +98,7 @@ def skip_products_of_bfloat16(dtype: torch.dtype) -> None:
 # ---- avl::partitioned_decode -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize(("dtype", "heads", "kv_heads"), GROUPS)
 def test_decode_dtypes_and_groups(dtype: torch.dtype, heads: int, kv_heads: int) -> None:
     skip_products_of_bfloat16(dtype)
     case = Decode(heads, kv_heads, value_dim=24, dtype=dtype)
@@ -195,8 +201,7 @@ def test_decode_of_many_segments() -> None:
 # ---- avl::anchor_decode and avl::inherited_decode --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize(("dtype", "heads", "kv_heads"), GROUPS)
 def test_anchor_logits(dtype: torch.dtype, heads: int, kv_heads: int) -> None:
     skip_products_of_bfloat16(dtype)
     case = Decode(heads, kv_heads, dtype=dtype)
@@ -212,8 +217,7 @@ def test_anchor_logits(dtype: torch.dtype, heads: int, kv_heads: int) -> None:
         assert test_partitioned_decode.error(got, wanted) <= test_partitioned_decode.TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize(("dtype", "heads", "kv_heads"), GROUPS)
 def test_inherited_dtypes_and_groups(dtype: torch.dtype, heads: int, kv_heads: int) -> None:
     if heads != kv_heads:
         skip_products_of_bfloat16(dtype)
@@ -224,8 +228,14 @@ def test_inherited_dtypes_and_groups(dtype: torch.dtype, heads: int, kv_heads: i
         test_inherited_decode.check(case, None, inherited, None, inherit)
 
 
-@pytest.mark.parametrize("inherited", test_inherited_decode.INHERITED)
-@pytest.mark.parametrize("shape", test_partitioned_decode.SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "inherited"),
+    [
+        pytest.param(shape, inherited, marks=() if (i + j) % 3 == 0 else pytest.mark.matrix)
+        for i, shape in enumerate(test_partitioned_decode.SHAPES)
+        for j, inherited in enumerate(test_inherited_decode.INHERITED)
+    ],
+)
 def test_inherited_ranges(shape: str, inherited: str) -> None:
     rows = test_partitioned_decode.SHAPES[shape]
     case = Decode(4, 2, head_dim=24, layout="heads inside")

@@ -18,8 +18,8 @@ PARTS = {
 }
 
 
-def run_cases(chosen: str, **environment: str) -> None:
-    """Those cases whose names match ``chosen``, as `pytest -k` takes it."""
+def run_cases(chosen: str, marked: str = "", **environment: str) -> None:
+    """Those cases whose names match ``chosen`` and whose marks match ``marked``, as `pytest -k` and `-m` take them."""
     command = [
         sys.executable,
         "-m",
@@ -31,6 +31,8 @@ def run_cases(chosen: str, **environment: str) -> None:
         "no:xdist",
         "-k",
         chosen,
+        "-m",
+        marked,
         str(CASES),
     ]
     result = subprocess.run(
@@ -42,7 +44,14 @@ def run_cases(chosen: str, **environment: str) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_interpreted(part: str) -> None:
     pytest.importorskip("triton")
-    run_cases(PARTS[part], TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    run_cases(PARTS[part], "not matrix", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("part", list(PARTS)[1:])
+def test_the_rest_interpreted(part: str) -> None:
+    pytest.importorskip("triton")
+    run_cases(PARTS[part], "matrix", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu

@@ -55,6 +55,7 @@ RESOLVE, STORED, COMPACT = f"{P}resolve_rows.py", "tests/avl_fx/test_stored_rows
 
 FEWER, FILTER = f"{P}fewer_rows.py", "tests/e2e/test_prefill_filter.py -m 'not matrix'"
 SURVIVORS = "tests/kernels/test_survivors.py"
+WRAPPED, QUANTISED = "tests/e2e/test_wrapped_model.py", "tests/e2e/test_quantised_weights.py"
 
 
 def _in(file: str, *mutations: tuple[str, str, str, str]) -> list[Mutation]:
@@ -291,13 +292,13 @@ MUTATIONS: list[Mutation] = [
             "substitute everywhere but there",
             "flags[:, None, :, None], theirs, own)",
             "flags[:, None, :, None], own, theirs)",
-            f"{MODES} -k 'second_turn and vla-'",
+            f"{MODES} -k 'equals_the_oracle and vla and not scores and not inductor'",
         ),
         (
             "substitute keys alone",
             "    site.node.update_arg(_QUERY, query)\n",
             "",
-            f"{MODES} -k 'second_turn and vla-'",
+            f"{MODES} -k 'equals_the_oracle and vla and not scores and not inductor'",
         ),
         (
             "guess where nothing is known",
@@ -727,6 +728,39 @@ MUTATIONS: list[Mutation] = [
         ),
     ),
     *_in(
+        "avl_fx/regions.py",
+        (
+            "tell the wrapper alone where images are",
+            "for module in wrapping(model) for",
+            "for module in (model,) for",
+            f"{WRAPPED} -k reaches",
+        ),
+        (
+            "take a wrapper for the model",
+            "asked = unwrapped(model)",
+            "asked = model",
+            f"{WRAPPED} -k one_to_what",
+        ),
+    ),
+    *_in(
+        "avl_fx/backend.py",
+        (
+            "trust the cache of a graph whose passes failed",
+            "else tuple((i, None) for i in _cached(gm, past))",
+            "else ()",
+            "tests/e2e/test_failed_pass.py -k missing",
+        ),
+    ),
+    *_in(
+        "kernels/inherited_decode/cpu.py",
+        (
+            "make a buffer of the default dtype",
+            "-torch.inf, dtype=torch.float32",
+            "-torch.inf",
+            "tests/test_tensor_factories.py",
+        ),
+    ),
+    *_in(
         "avl_fx/text_window.py",
         ("forget how much text is gone", "self.gone[row] += count - kept", "pass", STORED),
         ("leave a gap behind a shorter batch row", "if newest > ends[row]:", "if False:", STORED),
@@ -770,6 +804,7 @@ MUTATIONS: list[Mutation] = [
         ("drop the bias", 'arg(node, 2, "bias"))', "None)", NARROW),
         ("take wide ones too", "math.prod(rows) <= MAX_ROWS", "True", NARROW),
         ("take what autograd knows", "or out.requires_grad:", "or False:", NARROW),
+        ("take quantised weights", 'hasattr(weight, "__tensor_flatten__")', "False", f"{QUANTISED} -k 'identity'"),
     ),
     *_in(
         "passes/partition_modalities.py",

@@ -1,0 +1,124 @@
+"""A model inside of a wrapper is found by every entry, whichever of the two `generate` and training call.
+
+`Wrapper` does as PEFT's: it passes on what it does not know itself, its `generate` is that of the model inside, and its
+forward calls the forward of the model inside, without its hooks. `Closed` does as DistributedDataParallel: it knows the
+model's call alone.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import avl_fx
+from avl_fx import Plan
+from avl_fx.regions import compiled_plan, find_regions
+from avl_fx.wrappers import unwrapped, wrapping
+from tests.e2e._doors import FLOAT32_TOLERANCE, largest, through
+from tests.oracle import avl_oracle
+from tests.zoo import ZOO
+from tests.zoo._run import prefill, prefill_and_decode
+
+SHARES = {"core": 0.3, "secondary": 0.5, "refresh": 3}
+STEPS = 5
+EAGER = {"compiler": "eager", "strict": True}
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inside = model
+
+    def forward(self, *args, **kwargs):
+        return self.inside.forward(*args, **kwargs)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inside"), name)
+
+
+class Closed(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inside = model
+
+    def forward(self, *args, **kwargs):
+        return self.inside(*args, **kwargs)
+
+
+@pytest.fixture
+def llava():
+    torch._dynamo.reset()
+    zoo = ZOO["llava"]
+    model = zoo.make()
+    inputs = zoo.inputs(model, batch=2)
+    return model, inputs, zoo.visual_positions(model, inputs)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_partitioned_plan_reaches_the_model_inside(llava, depth):
+    model, inputs, visual = llava
+    wrapped = model
+    for _ in range(depth):
+        wrapped = Wrapper(wrapped)
+    tokens = prefill_and_decode(model, inputs, "dynamic", STEPS).tokens
+    with avl_oracle(model, visual, **SHARES, text=1):
+        expected = prefill_and_decode(model, inputs, "dynamic", STEPS, tokens=tokens)
+    with through("avl_fx.compile", wrapped, compiler="eager", plan=Plan.avl(**SHARES, text=None)):
+        got = prefill_and_decode(wrapped, inputs, "dynamic", STEPS, tokens=tokens)
+    assert largest(got, expected) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("call", [lambda wrapped: wrapped, unwrapped], ids=["wrapper", "inside"])
+@pytest.mark.parametrize("wrapper", [Wrapper, Closed])
+def test_visual_positions_are_known_whichever_is_called(llava, wrapper, call):
+    model, inputs, _ = llava
+    plan = Plan.lazy([(0, 3)], "vla_scores")
+    avl_fx.compile(model, plan, options=EAGER)
+    expected = prefill(model, inputs)
+    avl_fx.uncompile(model)
+    wrapped = avl_fx.compile(wrapper(model), plan, options=EAGER)
+    assert torch.equal(prefill(call(wrapped), inputs), expected)
+
+
+@pytest.mark.parametrize("wrapper", [Wrapper, Closed])
+def test_wrapper_and_model_are_one_to_what_is_known_of_them(llava, wrapper):
+    model, _, _ = llava
+    wrapped, plan = wrapper(model), Plan.lazy([(0, 1)])
+    avl_fx.compile(wrapped, plan)
+    assert compiled_plan(model) == compiled_plan(wrapped) == plan
+    assert [r.name for r in find_regions(wrapped)] == ["inside.model.language_model", "inside.model.vision_tower"]
+    avl_fx.uncompile(model)
+    assert compiled_plan(wrapped) is None
+    for module in (*wrapped.modules(),):
+        assert module._compiled_call_impl is None
+        assert not module._forward_pre_hooks
+
+
+def test_a_module_of_several_parts_is_no_wrapper(llava):
+    model, _, _ = llava
+    both = Wrapper(model)
+    both.head = nn.Linear(2, 2)
+    assert wrapping(both) == (both,)
+    assert wrapping(model) == (model,)
+    plain = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    assert unwrapped(plain) is plain, "nothing inside tells its decoder apart"
+
+
+def test_explain_sees_the_calls_of_the_model_inside(llava):
+    model, inputs, _ = llava
+    plan = Plan.avl(**SHARES)
+    report = avl_fx.explain(Wrapper(model), plan, front_door="avl_fx.compile", **inputs)
+    alone = avl_fx.explain(model, plan, front_door="avl_fx.compile", **inputs)
+    assert [f.phase for f in report.forwards] == [f.phase for f in alone.forwards] == ["prefill", "decode", "decode"]
+    assert report.kv == alone.kv
+    assert report.decode_reads == alone.decode_reads
+
+
+def test_explain_says_what_to_compile_when_generate_passes_the_wrapper_by(llava):
+    model, inputs, _ = llava
+    report = avl_fx.explain(Wrapper(model), Plan.lazy([(0, 1)]), **inputs)
+    assert not report.forwards
+    (line,) = report.advice
+    assert "LlavaForConditionalGeneration inside of it: compile that one" in line
