@@ -9,8 +9,9 @@ stays eager, and a hook tells the decoder which positions are visual.
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,9 +24,12 @@ from avl_fx.errors import CaptureError, OptionError
 from avl_fx.modality_hook import ModalityHook
 from avl_fx.options import parse_options
 from avl_fx.plan import Plan, PlanSpec
+from avl_fx.runtime import calls
 from avl_fx.wrappers import unwrapped, wrapping
 
 __all__ = ["Region", "compile", "compiled_plan", "find_regions", "set_aside", "uncompile"]
+
+log = logging.getLogger("avl_fx")
 
 _DECODER_SETTINGS: Mapping[str, Any] = {
     # Deep-stacked features are added under a boolean index inside the decoder: without this, one graph a layer. On a
@@ -103,7 +107,9 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
             settings["fail_on_recompile_limit_hit"] = True
             settings["recompile_limit"] = RECOMPILE_LIMIT
         any_length = resolved.filters_prompts and region.role != "vision"
-        _compat.compile_module(region.module, settings, kwargs, _limit_hit, any_length)
+        silent = resolved == Plan.identity() or region.role == "vision" or kwargs.get("disable")
+        watched = _call if silent else _Noticing(region.name)
+        _compat.compile_module(region.module, settings, kwargs, _limit_hit, watched, any_length)
     hooks = [handle for module in wrapping(model) for handle in ModalityHook.install(module)]
     _compiled[unwrapped(model)] = _Compiled(regions, tuple(hooks), resolved)
     return model
@@ -136,6 +142,30 @@ def find_regions(model: nn.Module) -> tuple[Region, ...]:
         if not inside:
             regions.append(Region(_path(model, vision), vision, "vision"))
     return tuple(regions)
+
+
+def _call(call: Callable[[], Any]) -> Any:
+    return call()
+
+
+class _Noticing:
+    """Says once that a region ran and none of its graphs did: then its plan did nothing."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._said = name, False
+
+    def __call__(self, call: Callable[[], Any]) -> Any:
+        before = calls()
+        result = call()
+        if not self._said and calls() == before + 1:
+            self._said = True
+            log.warning(
+                "%s ran eagerly, so the plan that it was compiled with did nothing. Dynamo skips code that it met "
+                "under a TorchDispatchMode (torch.utils.flop_counter) for good, and all code while it is switched off "
+                "(torch.compiler.set_stance, TORCH_COMPILE_DISABLE). Fix: switch it on, or torch._dynamo.reset().",
+                self._name or "The model",
+            )
+        return result
 
 
 def _limit_hit() -> CaptureError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,14 @@ from avl_fx.record import DecodeStep, GraphRecord, active_recorder
 from avl_fx.row_order import as_entered
 from avl_fx.visual_calls import VisualCalls
 
-__all__ = ["CompiledGraph"]
+__all__ = ["CompiledGraph", "calls"]
+
+_calls = itertools.count()
+
+
+def calls() -> int:
+    """A number that grows with every call of a compiled graph."""
+    return next(_calls)
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class CompiledGraph:
         )
 
     def __call__(self, *given_args: Any) -> Any:
+        next(_calls)
         args: Sequence[Any] = given_args
         for position, layer in self.dense_keys:
             check_stored(args[position], layer)

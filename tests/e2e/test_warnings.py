@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from avl_fx import Plan
 from tests.e2e._doors import through
@@ -27,6 +28,22 @@ def test_fragments_are_announced_under_a_lazy_plan_only(warnings):
     with through("torch.compile", model, compiler="eager", plan=Plan.lazy([(0, 3)])):
         prefill_and_decode(model, inputs, "dynamic", steps=0)
     assert any("1 of 12 decoder layers" in message for message in warnings())
+
+
+@pytest.mark.parametrize("how", ["stance", "mode"])
+def test_a_plan_that_does_nothing_is_announced_once(warnings, how):
+    """Dynamo gives up on code that it meets under a dispatch mode, also for the calls behind it."""
+    zoo = ZOO["llava"]
+    model = zoo.make()
+    inputs = zoo.inputs(model)
+    eager = {"stance": lambda: torch.compiler.set_stance("force_eager"), "mode": lambda: FlopCounterMode(display=False)}
+    with through("avl_fx.compile", model, compiler="eager", plan=Plan.lazy([(0, 3)])):
+        with eager[how]():
+            prefill_and_decode(model, inputs, "dynamic", steps=1)
+        (said,) = warnings()
+        assert said.startswith("model.language_model ran eagerly")
+        prefill_and_decode(model, inputs, "dynamic", steps=1)
+    assert len(warnings()) == 1
 
 
 def test_the_last_recompile_is_announced(warnings):
