@@ -13,7 +13,7 @@ TYPECHECK := .cache/typecheck
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: help demo test test-matrix test-families test-full test-slow test-mutations lint format bench eval eval-quick bench-gpu clean
+.PHONY: help demo test test-matrix test-families test-libraries test-full test-slow test-mutations lint format bench eval eval-quick bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,13 +29,17 @@ demo: $(STAMP)  ## a small vision-language model, before and after, on this mach
 	$(BIN)/python -m examples.demo
 
 test: $(STAMP)  ## the tests that every change must pass
-	$(PYTEST) -m "not matrix and not families and not full and not slow and not gpu"
+	$(PYTEST) -m "not matrix and not families and not libraries and not full and not slow and not gpu"
 
 test-matrix: $(STAMP)  ## every combination of model, front door, style, cache and dtype, without code generation
 	$(PYTEST) -m matrix
 
 test-families: $(STAMP)  ## every architecture of docs/models.md answers what that page says
 	$(PYTEST) -m families
+
+test-libraries: $(STAMP)  ## beside peft, torchao and accelerate, which it installs
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[libraries]'
+	$(PYTEST) -m libraries
 
 test-full: $(STAMP)  ## every other combination through Inductor (hours)
 	$(PYTEST) -m full
