@@ -108,7 +108,7 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
             settings["recompile_limit"] = RECOMPILE_LIMIT
         any_length = resolved.filters_prompts and region.role != "vision"
         silent = resolved == Plan.identity() or region.role == "vision" or kwargs.get("disable")
-        watched = _call if silent else _Noticing(region.name)
+        watched = None if silent else _Noticing(region.name)
         _compat.compile_module(region.module, settings, kwargs, _limit_hit, watched, any_length)
     hooks = [handle for module in wrapping(model) for handle in ModalityHook.install(module)]
     _compiled[unwrapped(model)] = _Compiled(regions, tuple(hooks), resolved)
@@ -142,10 +142,6 @@ def find_regions(model: nn.Module) -> tuple[Region, ...]:
         if not inside:
             regions.append(Region(_path(model, vision), vision, "vision"))
     return tuple(regions)
-
-
-def _call(call: Callable[[], Any]) -> Any:
-    return call()
 
 
 class _Noticing:
