@@ -52,6 +52,13 @@ def task(prompts, dense):
     return EvaluationTask(batches, decode, max_new_tokens=NEW, name="own words")
 
 
+@pytest.fixture(scope="module")
+def lazy(model, task, tmp_path_factory):
+    """What is found of a lazy plan, and the folder that it is written to."""
+    folder = tmp_path_factory.mktemp("lazy")
+    return avl_fx.evaluate(model, task, {"lazy": Plan.lazy(BLOCKS)}, output=folder), folder
+
+
 def test_the_identity_loses_nothing(model, task):
     report = avl_fx.evaluate(model, task, {"identity": Plan.identity()})
     assert list(report.results) == ["dense", "identity"]
@@ -63,9 +70,9 @@ def test_the_identity_loses_nothing(model, task):
 
 
 @torch.no_grad()
-def test_divergence_is_that_of_the_oracle_along_the_dense_answer(model, task, prompts):
+def test_divergence_is_that_of_the_oracle_along_the_dense_answer(model, lazy, prompts):
     """Computed in one forward over prompt and dense answer: lazy layers do not care how often they are asked."""
-    found = avl_fx.evaluate(model, task, {"lazy": Plan.lazy(BLOCKS)}).results["lazy"]
+    found = lazy[0].results["lazy"]
     assert found.score.mean < 1
     divergences, agreements = [], []
     for inputs in prompts:
@@ -127,8 +134,9 @@ def test_a_second_run_may_begin_behind_the_prompt(model, prompts, plan, monkeypa
 
 def test_a_compact_cache_is_smaller(model, task):
     plan = Plan.avl(core=0.25, secondary=0.5, refresh=2, text=1.0)
-    stock = avl_fx.evaluate(model, task, {"half": plan}).results["half"]
-    compact = avl_fx.evaluate(model, task, {"half": plan}, compact=True).results["half"]
+    ways = {"stock": plan, "compact": Contender.of_plan(plan, compact=True)}
+    found = avl_fx.evaluate(model, task, ways, limit=1).results
+    stock, compact = found["stock"], found["compact"]
     assert stock.kv_share == 1
     assert compact.kv_share < 0.9
     assert compact.score == stock.score
@@ -225,9 +233,15 @@ def counted(model, monkeypatch):
     return calls
 
 
+@contextlib.contextmanager
+def blind(model, inputs):
+    """The control by shuffling: other pictures, the same questions."""
+    yield {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
+
+
 def test_an_interrupted_run_goes_on(model, task, tmp_path, monkeypatch):
-    whole = avl_fx.evaluate(model, task, {"lazy": Plan.lazy(BLOCKS)}, output=tmp_path / "whole")
-    lazy = Contender.of_plan(Plan.lazy(BLOCKS))
+    way = Contender("blind", around=blind)
+    whole = avl_fx.evaluate(model, task, {"blind": way}, output=tmp_path / "whole")
     seen = []
 
     @contextlib.contextmanager
@@ -235,31 +249,32 @@ def test_an_interrupted_run_goes_on(model, task, tmp_path, monkeypatch):
         seen.append(1)
         if len(seen) > 2:  # the second batch: the first takes one run along the dense answer more
             raise Stop
-        yield inputs
+        with blind(model, inputs) as given:
+            yield given
 
     with pytest.raises(Stop):
-        avl_fx.evaluate(model, task, {"lazy": replace(lazy, around=tired)}, output=tmp_path / "cut")
+        avl_fx.evaluate(model, task, {"blind": replace(way, around=tired)}, output=tmp_path / "cut")
     journal = tmp_path / "cut" / "answers.jsonl"
     kept = journal.read_text().splitlines()
     assert len(kept) == 1 + 2 + 1
     journal.write_text(journal.read_text() + '{"key": "half a li')
     calls = counted(model, monkeypatch)
-    again = avl_fx.evaluate(model, task, {"lazy": lazy}, output=tmp_path / "cut")
+    again = avl_fx.evaluate(model, task, {"blind": way}, output=tmp_path / "cut")
     assert apart_from_time(again) == apart_from_time(whole)
     assert journal.read_text().splitlines()[:4] == kept
     assert len(calls) == 2 + 2  # dense twice: how sure it was is not saved; the second batch with a run along it
     calls.clear()
-    assert avl_fx.evaluate(model, task, {"lazy": lazy}, output=tmp_path / "cut").to_dict() == again.to_dict()
+    assert avl_fx.evaluate(model, task, {"blind": way}, output=tmp_path / "cut").to_dict() == again.to_dict()
     assert len(calls) == 2
 
 
-def test_it_writes_table_json_and_picture(model, task, tmp_path):
-    report = avl_fx.evaluate(model, task, {"lazy": Plan.lazy(BLOCKS)}, output=tmp_path)
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(report.to_json())
-    table = (tmp_path / "evaluation.md").read_text()
+def test_it_writes_table_json_and_picture(lazy):
+    report, folder = lazy
+    assert json.loads((folder / "evaluation.json").read_text()) == json.loads(report.to_json())
+    table = (folder / "evaluation.md").read_text()
     assert table == str(report)
     assert "| lazy |" in table
-    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_questions_about_one_picture_are_one_group(model, task):
@@ -270,12 +285,6 @@ def test_questions_about_one_picture_are_one_group(model, task):
 
 
 def test_contenders_may_change_the_inputs(model, task):
-    """The control by shuffling: other pictures, the same questions."""
-
-    @contextlib.contextmanager
-    def blind(model, inputs):
-        yield {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
-
     found = avl_fx.evaluate(model, task, {"blind": Contender("blind", around=blind)}).results["blind"]
     assert found.same_answers < 1
     assert found.divergence > 0.01

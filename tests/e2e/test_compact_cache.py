@@ -54,7 +54,7 @@ def compiled(model, plan, door="avl_fx.compile"):
 # ---- what it stores --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.matrix), 3])
 def test_it_stores_text_and_secondary_to_the_byte(model, batch):
     inputs = inputs_of(model, batch)
     visual, real = ZOO_MODEL.visual_positions(model, inputs), inputs["attention_mask"].bool()
@@ -96,7 +96,7 @@ def test_lazy_layers_own_no_keys(model):
     assert cache.stored_bytes == of_a_layer * (2 * 2 + 2) * 2 // 3, "a marker stays a marker"
 
 
-@pytest.mark.parametrize("mode", ["vla", "vla_scores"])
+@pytest.mark.parametrize("mode", [pytest.param("vla", marks=pytest.mark.matrix), "vla_scores"])
 @pytest.mark.parametrize(
     "reads",
     [
@@ -348,7 +348,9 @@ def way_of(model, how):
     return inputs_of(model, 1 if how == "assisted" else 2), options
 
 
-@pytest.mark.parametrize("how", ["beams", pytest.param("sampling", marks=pytest.mark.matrix), "assisted"])
+@pytest.mark.parametrize(
+    "how", [*(pytest.param(how, marks=pytest.mark.matrix) for how in ("beams", "sampling")), "assisted"]
+)
 def test_other_ways_to_generate(model, how):
     """One visual key in a hundred is left out, and tokens are those of a stock cache under the same plan or none."""
     inputs, options = way_of(model, how)
@@ -379,7 +381,9 @@ def test_other_ways_to_generate_under_a_lazy_plan(model, how):
 
 
 @pytest.mark.parametrize(
-    "plan", [WITH_TEXT, WITH_TEXT.combine(Plan.lazy([(1, 3)], "vla_scores"))], ids=["text", "vla_scores"]
+    "plan",
+    [pytest.param(WITH_TEXT, marks=pytest.mark.matrix), WITH_TEXT.combine(Plan.lazy([(1, 3)], "vla_scores"))],
+    ids=["text", "vla_scores"],
 )
 def test_no_graph_is_made_after_the_second_step(model, plan):
     inputs = inputs_of(model, 3)

@@ -21,6 +21,7 @@ PLANS = {
     "both": AVL.combine(Plan.lazy([(0, 2)])),
     "filtered": Plan.avl(core=0.3, secondary=0.5, refresh=3, prefill=0.6, prefill_after_layer=0),
 }
+CASES = [*((name, "dynamic") for name in PLANS if name != "filtered"), ("both", "compact"), ("filtered", "compact")]
 
 
 def run(plan, cache, default):
@@ -38,8 +39,7 @@ def run(plan, cache, default):
 
 
 @pytest.mark.parametrize(
-    ("plan", "cache"),
-    [*((name, "dynamic") for name in PLANS if name != "filtered"), ("both", "compact"), ("filtered", "compact")],
+    ("plan", "cache"), rest_in_matrix(CASES, [("gla", "dynamic"), ("vla_scores", "dynamic"), *CASES[-2:]], apart=True)
 )
 @pytest.mark.parametrize("default", rest_in_matrix([torch.bfloat16, torch.float64], [torch.bfloat16]), ids=str)
 def test_logits_do_not_change(plan, cache, default):

@@ -161,14 +161,14 @@ def test_training_step_through_the_identity_plan(llava):
 def test_mistakes_are_typed_errors(llava, front_door, options, error, words):
     """Raised as they are, not wrapped by Dynamo, and the model still works afterwards."""
     model, inputs = llava
-    expected = generate(model, inputs)
     bare = front_door == "torch.compile"
+    # What does not depend on the model is said of the first graph, whatever it holds.
+    part, given = (model, inputs) if error is PlanMismatchError else (model.lm_head, {"input": torch.randn(1, 64)})
+    before = part(**given)
     with pytest.raises(error) as caught:
-        torch.compile(model, backend="avl", options=options)(**inputs) if bare else avl_fx.compile(
-            model, options=options
-        )
+        torch.compile(part, backend="avl", options=options)(**given) if bare else avl_fx.compile(model, options=options)
     assert all(word in str(caught.value) for word in words), str(caught.value)
-    assert torch.equal(generate(model, inputs), expected)
+    assert torch.equal(part(**given)[0], before[0])
 
 
 def test_avl_compile_wants_a_module_and_no_other_backend(llava):

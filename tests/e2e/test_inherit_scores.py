@@ -34,7 +34,7 @@ def inheriting(recorder):
     return [sum(p.count for p in g.passes if p.name == "inherit_scores") for g in decode]
 
 
-@pytest.mark.parametrize("case", rest_in_matrix(CASES, one_each(CASES)), ids="-".join)
+@pytest.mark.parametrize("case", rest_in_matrix(CASES, one_each(CASES)[::2]), ids="-".join)
 def test_equals_the_oracle_over_16_steps(case):
     name, door, style, cache = case
     zoo = ZOO[name]
@@ -79,7 +79,7 @@ def test_what_goes_to_the_compiler_has_one_product_with_keys_a_block(cache, comp
     ("name", "cache"),
     rest_in_matrix(
         [(name, cache) for name in ("llava", "qwen2_5_vl") for cache in ("dynamic", "static")],
-        [("llava", "dynamic"), ("qwen2_5_vl", "static")],
+        [("llava", "dynamic")],
         apart=True,
     ),
 )

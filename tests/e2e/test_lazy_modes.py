@@ -99,7 +99,7 @@ def test_equals_the_oracle_through_inductor(case):
         pytest.param("vla", "paper", "dynamic", marks=pytest.mark.matrix),
         pytest.param("vla", "text", "static", marks=pytest.mark.matrix),
         pytest.param("vla", "paper", "compact", marks=pytest.mark.matrix),
-        ("vla", "heavy", "compact"),
+        pytest.param("vla", "heavy", "compact", marks=pytest.mark.matrix),
         ("vla_scores", "paper", "static"),
         pytest.param("vla_scores", "tight", "dynamic", marks=pytest.mark.matrix),
         pytest.param("vla_scores", "text", "dynamic", marks=pytest.mark.matrix),

@@ -72,6 +72,9 @@ def quantise(model: nn.Module, to: str) -> nn.Module:
     return model
 
 
+CASES = [*((name, "dynamic") for name in PLANS), ("avl", "compact")]
+
+
 def run(to, plan, door, cache):
     zoo = ZOO["llava"]
     model = quantise(zoo.make(), to).requires_grad_(False)
@@ -83,7 +86,9 @@ def run(to, plan, door, cache):
 
 
 @pytest.mark.parametrize("door", rest_in_matrix(DOORS, DOORS[:1]))
-@pytest.mark.parametrize(("plan", "cache"), [*((name, "dynamic") for name in PLANS), ("avl", "compact")])
+@pytest.mark.parametrize(
+    ("plan", "cache"), rest_in_matrix(CASES, [("identity", "dynamic"), ("gla", "dynamic"), CASES[-1]], apart=True)
+)
 def test_logits_are_those_of_the_weights_they_stand_for(plan, cache, door):
     expected, plain = run("plain", PLANS[plan], door, cache)
     got, recorder = run("quantised", PLANS[plan], door, cache)

@@ -21,7 +21,7 @@ LAZY = Plan.lazy([(0, 1), (2, 3)])
     ("name", "cache", "plan"),
     rest_in_matrix(
         [*itertools.product(("llava", "qwen2_5_vl"), ("dynamic", "static"), (None, LAZY))],
-        [("llava", "dynamic", LAZY), ("llava", "static", None), ("qwen2_5_vl", "dynamic", None)],
+        [("llava", "static", LAZY), ("qwen2_5_vl", "dynamic", None)],
         apart=True,
     ),
 )
@@ -29,7 +29,9 @@ def test_no_recompile_after_the_second_decode_step(name, cache, plan):
     check(name, cache, plan)
 
 
-@pytest.mark.parametrize(("name", "cache"), [("llava", "static"), ("gemma3", "dynamic")])
+@pytest.mark.parametrize(
+    ("name", "cache"), [pytest.param("llava", "static", marks=pytest.mark.matrix), ("gemma3", "dynamic")]
+)
 def test_no_recompile_where_keys_are_read_once(name, cache, short_caches_too):
     recorder = check(name, cache, None)
     assert any(p.name == "read_once" and p.count for g in recorder.graphs for p in g.passes)
@@ -87,7 +89,7 @@ def test_batches_of_many_sizes_stay_below_the_limit():
     plan = Plan.avl(0.3, 0.5, 3, text=0.5, text_minimum=4).combine(Plan.lazy([(1, 3)], mode="vla_scores"))
     counts = []
     with through("avl_fx.compile", model, plan=plan, compiler="eager") as recorder:
-        for batch, seed, steps in [(1, 0, 4), (2, 1, 6), (3, 2, 3), (1, 3, 5), (4, 4, 6), (2, 5, 3), (5, 6, 4)]:
+        for batch, seed, steps in [(1, 0, 4), (2, 1, 6), (3, 2, 3), (1, 3, 5), (4, 4, 3)]:
             given = zoo.inputs(model, batch=batch, seed=seed)
             prefill_and_decode(model, given, avl_fx.AVLCache(plan, model.config), steps=steps)
             counts.append(len(decoder_graphs(recorder)))

@@ -22,6 +22,7 @@ from avl_fx.kernels.partitioned_decode import partitioned_decode_reference
 from avl_fx.kernels.partitioned_decode.triton import partitioned_decode_triton
 from avl_fx.kernels.reselect.triton import reselect_triton
 from avl_fx.kernels.visual_scores.triton import visual_scores_triton
+from tests.e2e._covering import rest_in_matrix
 from tests.kernels import (
     test_inherited_decode,
     test_partition,
@@ -320,7 +321,7 @@ def test_moves_of_awkward_lengths(keys: int) -> None:
 
 
 @pytest.mark.parametrize("layout", test_partition.LAYOUTS)
-@pytest.mark.parametrize("dtype", test_partition.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", rest_in_matrix(test_partition.DTYPES, [torch.float32, torch.int8]), ids=str)
 def test_moves_of_several_layers(layout: str, dtype: torch.dtype) -> None:
     test_partition.check_layers(layout, dtype, move_layers)
 
@@ -340,8 +341,11 @@ def test_moves_of_several_layers_keys_or_values(which: int) -> None:
 # ---- the choice of core ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("visual", [1, 6, 63, 300])
-@pytest.mark.parametrize("case", test_reselect.CASES)
+MANY = [(case, 300) for case in test_reselect.CASES]
+FEW = [(case, visual) for case in test_reselect.CASES for visual in (1, 6, 63)]
+
+
+@pytest.mark.parametrize(("case", "visual"), rest_in_matrix(FEW + MANY, FEW + MANY[1:3], apart=True))
 def test_reselects(case: str, visual: int) -> None:
     test_reselect.check(test_reselect.CASES[case], visual, reselect)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
@@ -47,31 +49,26 @@ def option(mutation: Mutation, name: str) -> str:
     return arguments[arguments.index(name) + 1] if name in arguments else ""
 
 
-@pytest.mark.parametrize("marks", sorted({option(m, "-m") for m in MUTATIONS}), ids=lambda marks: marks or "all")
-def test_each_selects_a_test(marks: str) -> None:
+def holds(expression: str, true: Callable[[str], bool]) -> bool:
+    """Whether ``expression``, as ``-k`` and ``-m`` take it, is true: words are asked for, what joins them is Python."""
+    words = re.split(r"([\s()]+)", expression)
+    known = [w if not w.strip(" ()") or w in ("and", "or", "not") else str(true(w)) for w in words]
+    return eval("".join(known).strip() or "True")
+
+
+def test_each_selects_a_test() -> None:
     """A selection that has lost its tests, because they were renamed, would notice nothing."""
-    mine = [m for m in MUTATIONS if option(m, "-m") == marks]
-    files = sorted({argument for m in mine for argument in m.tests if argument.startswith("tests/")})
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", marks, *files]
+    files = sorted({argument for m in MUTATIONS for argument in m.tests if argument.startswith("tests/")})
+    command = [sys.executable, "-m", "tests.mutations._collect", *files]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    collected = [line.lower() for line in said.splitlines() if "::" in line]
-    for mutation in mine:
-        words = re.split(r"([\s()]+)", option(mutation, "-k").lower())
-        there = [m.lower() for m in mutation.tests if m.startswith("tests/")]
-        candidates = [test for test in collected if any(test.startswith(file.split("::")[0]) for file in there)]
-        # Words are looked for in the names, as -k does; what stands between them is Python.
-        chosen = [
-            test
-            for test in candidates
-            if eval(
-                "".join(
-                    w if not w.strip() or w in ("and", "or", "not") or set(w) <= set("() ") else str(w in test)
-                    for w in words
-                )
-                or "True"
-            )
-        ]
-        assert chosen, identify(mutation)
+    collected: dict[str, list[str]] = json.loads(said.splitlines()[-1])
+    for mutation in MUTATIONS:
+        there = tuple(m.split("::")[0] for m in mutation.tests if m.startswith("tests/"))
+        words, marks = option(mutation, "-k").lower(), option(mutation, "-m")
+        assert any(
+            test.startswith(there) and holds(words, test.lower().__contains__) and holds(marks, has.__contains__)
+            for test, has in collected.items()
+        ), identify(mutation)
 
 
 def test_every_pass_has_at_least_two() -> None:
