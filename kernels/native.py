@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["bind", "cache_folder", "check_dtype", "compiler", "load"]
+__all__ = ["bind", "cache_folder", "check_dtype", "compiler", "has_units", "load"]
 
 log = logging.getLogger("avl_fx")
 
@@ -33,6 +33,12 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-e
 DISABLED = "AVL_FX_NATIVE"
 """Set this variable to 0 to do without; the ATen implementations then serve."""
 FOLDER = "AVL_FX_CACHE_DIR"
+UNITS = {
+    torch.bfloat16: {"avx512bw", "avx512_bf16", "amx_bf16", "avx_vnni_int8", "bf16", "svebf16"},
+    torch.float16: {"avx512_fp16", "amx_fp16", "avx_vnni_int8", "asimdhp"},
+}
+"""What Linux calls the instructions, on x86 and on ARM, with which ATen's libraries multiply numbers of half precision.
+(oneDNN does so in bfloat16 with any AVX-512, and in both with the AVX2 of newer processors.)"""
 HEADERS = Path(__file__).parent
 """Folder of the headers that several kernels share; a kernel's own lie beside it."""
 
@@ -75,6 +81,15 @@ def check_dtype(dtype: torch.dtype, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype != dtype:
             raise TypeError(f"{name}: {tensor.dtype} instead of {dtype}.")
+
+
+@cache
+def has_units(dtype: torch.dtype) -> bool:
+    """Whether ATen has instructions to multiply in ``dtype``; taken for granted where nobody says what there are."""
+    if dtype not in UNITS:
+        return True
+    flags = _flags()
+    return flags is None or not UNITS[dtype].isdisjoint(flags.split())
 
 
 @cache
@@ -130,8 +145,13 @@ def _output(command: list[str]) -> str:
 
 def _processor() -> str:
     """What ``-march=native`` may use: a cache folder can be shared by different machines."""
+    return _flags() or f"{platform.machine()} {platform.processor()}"
+
+
+def _flags() -> str | None:
+    """The line that names the processor's instructions; ``None`` where Linux does not give one."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line for line in lines if line.lower().startswith(("flags", "features")))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}"
+    except OSError:
+        return None
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), None)

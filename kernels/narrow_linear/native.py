@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from avl_fx.kernels.narrow_linear.schema import MAX_ROWS
-from avl_fx.kernels.native import bind
+from avl_fx.kernels.native import bind, has_units
 
-__all__ = ["is_available", "narrow_linear_native"]
+__all__ = ["is_available", "narrow_linear_native", "pays"]
 
-_Sizes = ctypes.c_int64 * 6
+_Sizes = ctypes.c_int64 * 7
+_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @cache
@@ -28,10 +29,19 @@ def is_available() -> bool:
     return _function() is not None
 
 
+def pays(dtype: torch.dtype) -> bool:
+    """Whether the kernel is the faster one for ``dtype`` on this processor.
+
+    Where it multiplies in half precision by itself, ATen's libraries do so, and are left alone.
+    """
+    return dtype == torch.float32 or (dtype in _KINDS and not has_units(dtype))
+
+
 def narrow_linear_native(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """`avl::narrow_linear`; see the schema for shapes. ``None``: not for these tensors, or there is no compiler."""
     function = _function()
-    if function is None or input.dtype != torch.float32 or weight.dtype != torch.float32:
+    kind = _KINDS.get(weight.dtype)
+    if function is None or kind is None or input.dtype != weight.dtype:
         return None
     wide, features = weight.shape
     if input.shape[-1] != features or weight.stride(1) != 1 or (bias is not None and bias.shape != (wide,)):
@@ -39,10 +49,11 @@ def narrow_linear_native(input: Tensor, weight: Tensor, bias: Tensor | None) -> 
     rows = input.numel() // max(features, 1)
     if rows > MAX_ROWS:
         return None
-    input = input.contiguous()
     if bias is not None:
-        bias = bias.to(torch.float32).contiguous()
-    out = torch.empty((*input.shape[:-1], wide), dtype=torch.float32, device="cpu")
-    sizes = _Sizes(rows, features, wide, features, weight.stride(0), torch.get_num_threads())
+        bias = bias.to(weight.dtype).contiguous()
+    out = torch.empty((*input.shape[:-1], wide), dtype=weight.dtype, device="cpu")
+    # Each of its elements meets every row of the weight: widened once.
+    input = input.to(torch.float32).contiguous()
+    sizes = _Sizes(rows, features, wide, features, weight.stride(0), torch.get_num_threads(), kind)
     function(input.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), sizes)
     return out

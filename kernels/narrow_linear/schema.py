@@ -1,4 +1,4 @@
-"""`avl::narrow_linear`: what `torch.nn.functional.linear` computes, made for a few rows.
+"""`avl::narrow_linear`: what `torch.nn.functional.linear` computes, made for a few rows and for narrow numbers.
 
 A decode step multiplies each weight by one row a sequence. Then all that counts is to read the weight once, at the
 speed of memory. On a CPU, the library calls behind a linear layer are made for many rows. The linear layers of 8
@@ -23,7 +23,8 @@ def narrow_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``input @ weight.T + bias``.
 
     Args:
-        input: ``[..., features]``; with more than `MAX_ROWS` rows in all it is an ordinary matrix product.
+        input: ``[..., features]``; with more than `MAX_ROWS` rows in all it is an ordinary matrix product, computed in
+            float32 where the processor does not multiply in this dtype by itself.
         weight: ``[wide, features]`` in the dtype of ``input``.
         bias: ``[wide]`` or ``None``.
 

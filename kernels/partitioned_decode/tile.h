@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "exponential.h"
 #include "numbers.h"
 
 namespace {

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avl_fx.kernels.narrow_linear import MAX_ROWS, cpu, is_available, narrow_linear_reference
+from avl_fx.kernels.narrow_linear import MAX_ROWS, cpu, is_available, narrow_linear_reference, native
 from avl_fx.kernels.narrow_linear.native import narrow_linear_native
 from tests._compiler import skip_without_compiler
 
@@ -23,28 +23,41 @@ def implementation(request):
         yield request.param
 
 
-def tensors(rows, features, wide, bias, seed=0):
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def tensors(rows, features, wide, bias, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    given = torch.randn(rows, features, generator=generator)
-    weight = torch.randn(wide, features, generator=generator)
-    return given, weight, torch.randn(wide, generator=generator) if bias else None
+    given = torch.randn(rows, features, generator=generator).to(dtype)
+    weight = torch.randn(wide, features, generator=generator).to(dtype)
+    return given, weight, torch.randn(wide, generator=generator).to(dtype) if bias else None
 
 
 def check(given, weight, bias):
+    """Float32 as it sums up, and rounded once: half precision too. (ATen's own products of those may round more.)"""
     out, expected = narrow_linear(given, weight, bias), narrow_linear_reference(given, weight, bias)
     assert (out.shape, out.dtype) == (expected.shape, given.dtype)
     assert out.is_contiguous()
-    if given.dtype == torch.float32:
-        bound = given.abs().double() @ weight.abs().double().t() + 1  # rounding errors are relative to these
-        assert ((out - expected).abs() <= 1e-6 * bound).all()
+    if given.dtype == torch.float32 or narrow_linear_native(given, weight, bias) is not None:
+        exact, product = given.double() @ weight.double().t(), given.abs().double() @ weight.abs().double().t()
+        exact = exact if bias is None else exact + bias.double()
+        once = 0 if given.dtype == torch.float32 else torch.finfo(given.dtype).eps / 2 * exact.abs()
+        assert ((out - exact).abs() <= once + 1e-6 * (product + 1)).all()  # rounding errors are relative to these
     else:
         torch.testing.assert_close(out, expected)
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.integers(0, MAX_ROWS + 3), st.integers(1, 70), st.integers(1, 40), st.booleans(), st.integers(0, 99))
-def test_all_sizes(rows, features, wide, bias, seed):
-    check(*tensors(rows, features, wide, bias, seed))
+@settings(max_examples=120, deadline=None)
+@given(
+    st.integers(0, MAX_ROWS + 3),
+    st.integers(1, 70),
+    st.integers(1, 40),
+    st.booleans(),
+    st.integers(0, 99),
+    st.sampled_from(DTYPES),
+)
+def test_all_sizes(rows, features, wide, bias, seed, dtype):
+    check(*tensors(rows, features, wide, bias, seed, dtype))
 
 
 @settings(max_examples=40, deadline=None)
@@ -69,13 +82,39 @@ def test_leading_dimensions_and_strides():
     check(given, weight, torch.randn(40, generator=torch.Generator().manual_seed(1))[::2])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_other_dtypes_are_ordinary_products(dtype):
-    check(*(t.to(dtype) for t in tensors(3, 48, 20, True)))
+def test_other_dtypes_are_ordinary_products():
+    assert narrow_linear_native(*tensors(3, 48, 20, True, dtype=torch.float64)) is None
+    check(*tensors(3, 48, 20, True, dtype=torch.float64))
 
 
-def test_nan_and_infinity_show():
-    given, weight, _ = tensors(2, 48, 20, False)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_pays_where_the_processor_has_no_units_for_it(dtype, monkeypatch):
+    for units in (False, True):
+        monkeypatch.setattr(native, "has_units", lambda dtype, units=units: units)
+        assert (native.pays(dtype), native.pays(torch.float32), native.pays(torch.float64)) == (not units, True, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("at_once", [1, 48 * 7, 1 << 22], ids=["a row", "seven", "all"])
+def test_many_rows_in_half_precision_are_computed_in_float32(dtype, bias, at_once, monkeypatch):
+    """Of some rows of the weight at a time; rounded once, to what few rows give."""
+    monkeypatch.setattr(cpu, "WIDENED_AT_ONCE", at_once)
+    monkeypatch.setattr(native, "has_units", lambda dtype: False)
+    given, weight, added = tensors(MAX_ROWS + 1, 48, 20, bias, dtype=dtype)
+    wide = [None if t is None else t.float() for t in (given, weight, added)]
+    expected = torch.nn.functional.linear(*wide).to(dtype)
+    torch.testing.assert_close(
+        narrow_linear(given.view(3, -1, 48), weight, added).flatten(0, 1),
+        expected,
+        atol=1e-6,
+        rtol=torch.finfo(dtype).eps,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_infinity_show(dtype):
+    given, weight, _ = tensors(2, 48, 20, False, dtype=dtype)
     given[1, 47] = torch.nan
     weight[3] = torch.inf
     out = narrow_linear(given, weight, None)
@@ -97,6 +136,7 @@ def test_shapes_that_do_not_fit_are_errors():
             narrow_linear(*wrong)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
     for bias in (False, True):
-        torch.library.opcheck(narrow_linear.default, tensors(2, 48, 20, bias))
+        torch.library.opcheck(narrow_linear.default, tensors(2, 48, 20, bias, dtype=dtype))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from avl_fx.kernels import native
 from tests._compiler import needs_compiler
@@ -84,3 +85,21 @@ def test_the_variable_switches_all_of_them_off():
     )
     env = {**os.environ, native.DISABLED: "0"}
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "bfloat16", "float16"),
+    [
+        ("flags\t\t: fpu avx2 f16c avx_vnni", False, False),
+        ("flags\t\t: fpu avx2 f16c avx512f avx512bw avx512vl", True, False),
+        ("flags\t\t: fpu avx512_bf16", True, False),
+        ("flags\t\t: fpu amx_bf16 avx512_fp16", True, True),
+        ("Features\t: fp asimd asimdhp bf16", True, True),
+        ("Features\t: fp asimd", False, False),
+        (None, True, True),
+    ],
+)
+def test_units_of_the_processor(line, bfloat16, float16, monkeypatch):
+    monkeypatch.setattr(native, "_flags", lambda: line)
+    found = [native.has_units.__wrapped__(d) for d in (torch.bfloat16, torch.float16, torch.float32)]
+    assert found == [bfloat16, float16, True]

@@ -54,6 +54,7 @@ RESOLVE, STORED, COMPACT = f"{P}resolve_rows.py", "tests/avl_fx/test_stored_rows
 
 
 FEWER, FILTER = f"{P}fewer_rows.py", "tests/e2e/test_prefill_filter.py -m 'not matrix'"
+NARROW_LINEAR = "tests/kernels/test_narrow_linear.py"
 SURVIVORS = "tests/kernels/test_survivors.py"
 WRAPPED, QUANTISED = "tests/e2e/test_wrapped_model.py", "tests/e2e/test_quantised_weights.py"
 
@@ -538,6 +539,14 @@ MUTATIONS: list[Mutation] = [
         ),
     ),
     *_in(
+        "kernels/narrow_linear/cpu.py",
+        ("leave rows of a piece out", "slice(start, start + step)", "slice(start, start + 1)", NARROW_LINEAR),
+    ),
+    *_in(
+        "kernels/numbers.h",
+        ("cut bfloat16 off", "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16", NARROW_LINEAR),
+    ),
+    *_in(
         "kernels/attention/cpu.py",
         (
             "align causal attention to the lower right",
@@ -804,6 +813,13 @@ MUTATIONS: list[Mutation] = [
         ("drop the bias", 'arg(node, 2, "bias"))', "None)", NARROW),
         ("take wide ones too", "math.prod(rows) <= MAX_ROWS", "True", NARROW),
         ("take what autograd knows", "or out.requires_grad:", "or False:", NARROW),
+        (
+            "take narrow numbers in few rows only",
+            "if out.dtype.itemsize < torch.float32.itemsize:",
+            "if False:",
+            NARROW,
+        ),
+        ("take what the processor multiplies by itself", "or not pays(out.dtype):", "or False:", NARROW),
         ("take quantised weights", 'hasattr(weight, "__tensor_flatten__")', "False", f"{QUANTISED} -k 'identity'"),
     ),
     *_in(

@@ -63,9 +63,17 @@ def test_gradients_need_the_ordinary_product(layers):
         assert narrow(check(layers, rows(2, 16))) == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_other_dtypes_are_left(layers, dtype):
-    assert narrow(rewrite(layers.to(dtype), rows(2, 16).to(dtype))) == 0
+def test_float64_is_left(layers):
+    assert narrow(rewrite(layers.double(), rows(2, 16).double())) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_taken_where_the_processor_has_no_units_for_it(layers, dtype, monkeypatch):
+    for units in (False, True):
+        monkeypatch.setattr("avl_fx.kernels.narrow_linear.native.has_units", lambda dtype, units=units: units)
+        for number in (2, MAX_ROWS + 1):
+            rewritten = check(layers.to(dtype), rows(number, 16).to(dtype), dtype=dtype)
+            assert narrow(rewritten) == (0 if units else 2)
 
 
 def test_without_a_compiler_nothing_changes(layers, monkeypatch):
