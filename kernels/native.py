@@ -1,8 +1,11 @@
 """Builds and loads the CPU kernels that are written in C++, once a machine.
 
 They are plain C functions without a header of torch's, so the compiler that Inductor needs on a CPU anyway builds one
-in seconds. The library is kept under `cache_folder`, by a name that says what it was made from. It is linked without an
-OpenMP runtime of its own: it finds torch's, and with it torch's threads.
+in seconds. An ``operator.cpp`` beside one gives it to PyTorch's dispatcher, by libtorch's stable ABI, so that calls do
+not pass through Python; where that cannot be built they do.
+
+Libraries are kept under `cache_folder`, by names that say what they were made from. They are linked without an OpenMP
+runtime of their own: they find torch's, and with it torch's threads.
 
 Where there is no compiler, `load` says why and the operators take their ATen implementation.
 """
@@ -30,6 +33,9 @@ __all__ = ["bind", "cache_folder", "check_dtype", "compiler", "has_units", "load
 log = logging.getLogger("avl_fx")
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall")
+TORCH = Path(torch.__file__).parent
+OF_TORCH = (f"-I{TORCH / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL")
+"""What an ``operator.cpp`` needs in addition: the ABI of the oldest PyTorch that is supported, 2.11."""
 DISABLED = "AVL_FX_NATIVE"
 """Set this variable to 0 to do without; the ATen implementations then serve."""
 FOLDER = "AVL_FX_CACHE_DIR"
@@ -94,9 +100,19 @@ def has_units(dtype: torch.dtype) -> bool:
 
 @cache
 def load(source: Path) -> ctypes.CDLL | None:
-    """The library built from ``source``; ``None``, and one line in the log, where it cannot be built or loaded."""
+    """The library built from ``source``; ``None``, and one line in the log, where it cannot be built or loaded.
+
+    Where an ``operator.cpp`` lies beside it, the library is made from that, which includes the source, and gives its
+    operators to PyTorch's dispatcher. Without it they are what they were, implemented in Python.
+    """
     if os.environ.get(DISABLED) == "0":
         return None
+    operator = source.with_name("operator.cpp")
+    try:
+        if operator.exists():
+            return ctypes.CDLL(str(_built(operator, OF_TORCH, (f"-L{TORCH / 'lib'}", "-ltorch_cpu"))))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        log.info("%s cannot be built, its calls pass through Python: %s", operator, error)
     try:
         return ctypes.CDLL(str(_built(source)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -109,15 +125,17 @@ def load(source: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _built(source: Path) -> Path:
+def _built(source: Path, flags: Sequence[str] = (), linked_with: Sequence[str] = ()) -> Path:
     program = compiler()
     if program is None:
         raise RuntimeError("no C++ compiler found")
     version = _output([program, "--version"])
     headers = [path for folder in (source.parent, HEADERS) for path in sorted(folder.glob("*.h"))]
-    texts = [path.read_text("utf-8") for path in (source, *headers)]
-    made_from = "\n".join([*texts, *FLAGS, version, _processor()])
-    name = f"{source.parent.name}_{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    included = [source.with_name("native.cpp")] if source.name == "operator.cpp" else []
+    texts = [path.read_text("utf-8") for path in (source, *included, *headers)]
+    flags = [*FLAGS, *flags]
+    made_from = "\n".join([*texts, *flags, *linked_with, torch.__version__, version, _processor()])
+    name = f"{source.parent.name}_{source.stem}_{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,8 +148,9 @@ def _built(source: Path) -> Path:
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             compiled, linked = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
-            _output([program, *FLAGS, f"-I{HEADERS}", "-c", str(source), "-o", str(compiled)])
-            _output([program, "-shared", str(compiled), "-o", str(linked)])  # no -fopenmp: torch's runtime serves
+            _output([program, *flags, f"-I{HEADERS}", "-c", str(source), "-o", str(compiled)])
+            # Without -fopenmp: torch's runtime serves.
+            _output([program, "-shared", str(compiled), *linked_with, "-o", str(linked)])
             linked.replace(library)  # at once: another process may look for it now
     return library
 

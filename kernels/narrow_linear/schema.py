@@ -45,6 +45,9 @@ torch.library.define(
     NAME, torch.library.infer_schema(narrow_linear, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
 )
 torch.library.impl(NAME, "CompositeExplicitAutograd")(narrow_linear)
+# What ``operator.cpp``, to which calls go where it could be built, does not take itself.
+torch.library.define(f"{NAME}_in_python", torch.library.infer_schema(narrow_linear, mutates_args=()))
+torch.library.impl(f"{NAME}_in_python", "CompositeExplicitAutograd")(narrow_linear)
 
 
 @torch.library.register_fake(NAME)

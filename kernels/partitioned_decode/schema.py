@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from avl_fx.kernels.dispatch import implementation
+from avl_fx.kernels.partitioned_decode.capacity import check_spare_row
 
 __all__ = ["MAX_SEGMENTS", "check", "check_ranges", "check_rows", "partitioned_decode"]
 
@@ -141,3 +142,24 @@ def check_ranges(name: str, ranges: Tensor | None, batch: int) -> None:
         raise ValueError(f"{name}: {tuple(ranges.shape)}, {ranges.dtype} instead of int64 [{batch}, S, 2].")
     if ranges.shape[1] > MAX_SEGMENTS:
         raise ValueError(f"{name}: {ranges.shape[1]} a row. Fix: at most {MAX_SEGMENTS}; merge neighbours.")
+
+
+def _error(query, key, value, new_key, new_value, mask, segments, weigh, scale) -> str:
+    """What `partitioned_decode` would raise, in words; empty: nothing."""
+    try:
+        check(query, key, value, new_key, new_value, segments, weigh)
+        for cache in (key, value):
+            if new_key is not None:
+                check_spare_row(cache)
+        if mask is not None:
+            mask.expand(*query.shape[:2], 1, key.shape[2] + (new_key is not None))
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+# What ``operator.cpp``, to which calls go where it could be built, asks and does not take itself.
+_ARGUMENTS, _, _RETURNS = torch.library.infer_schema(partitioned_decode, mutates_args=()).rpartition("->")
+for _name, _returned, _function in (("in_python", _RETURNS, partitioned_decode), ("error", "str", _error)):
+    torch.library.define(f"{NAME}_{_name}", f"{_ARGUMENTS}-> {_returned}")
+    torch.library.impl(f"{NAME}_{_name}", "CompositeExplicitAutograd")(_function)

@@ -1,26 +1,39 @@
 """`avl::narrow_linear`: against float64, with the C++ kernel and without."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avl_fx.kernels.narrow_linear import MAX_ROWS, cpu, is_available, narrow_linear_reference, native
+from avl_fx.kernels.narrow_linear import IMPLEMENTATIONS, MAX_ROWS, cpu, is_available, narrow_linear_reference, native
 from avl_fx.kernels.narrow_linear.native import narrow_linear_native
 from tests._compiler import skip_without_compiler
 
-narrow_linear = torch.ops.avl.narrow_linear
 
-
-@pytest.fixture(params=["native", "aten"], autouse=True, scope="module")
+@pytest.fixture(params=["dispatched", "native", "aten"], autouse=True, scope="module")
 def implementation(request):
-    if request.param == "native":
+    """By PyTorch's dispatcher straight to C++, through Python to C++, and to ATen."""
+    if request.param != "aten":
         skip_without_compiler()
         assert is_available()
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "aten":
             patch.setattr(cpu, "narrow_linear_native", lambda *args: None)
+        if request.param == "dispatched":
+            assert "operator.cpp" in torch._C._dispatch_dump("avl::narrow_linear")
+        patch.setattr(f"{__name__}.called", torch.ops.avl.narrow_linear if request.param == "dispatched" else in_python)
         yield request.param
+
+
+OPERATOR = Path(native.__file__).with_name("operator.cpp")
+in_python = called = torch.ops.avl.narrow_linear_in_python
+
+
+def narrow_linear(*arguments):
+    return called(*arguments)
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,4 +152,31 @@ def test_shapes_that_do_not_fit_are_errors():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     for bias in (False, True):
-        torch.library.opcheck(narrow_linear.default, tensors(2, 48, 20, bias, dtype=dtype))
+        torch.library.opcheck(torch.ops.avl.narrow_linear.default, tensors(2, 48, 20, bias, dtype=dtype))
+
+
+def test_the_operator_takes_as_many_rows_as_the_schema_says():
+    (limit,) = re.findall(r"constexpr int64_t MAX_ROWS = (\d+);", OPERATOR.read_text("utf-8"))
+    assert int(limit) == MAX_ROWS
+
+
+@pytest.mark.parametrize("implementation", ["dispatched", "native"], indirect=True)
+def test_a_bias_of_another_dtype_is_converted(implementation):
+    given, weight, bias = tensors(3, 48, 20, True, dtype=torch.bfloat16)
+    assert torch.equal(narrow_linear(given, weight, bias.double()), narrow_linear(given, weight, bias))
+
+
+@pytest.mark.parametrize("implementation", ["dispatched"], indirect=True)
+def test_dispatched_calls_do_not_pass_through_python(implementation, monkeypatch):
+    """But for what the kernel is not made for."""
+    seen = []
+    monkeypatch.setitem(IMPLEMENTATIONS, "cpu", lambda *args: seen.append(1) or cpu.narrow_linear_cpu(*args))
+    few = tensors(3, 48, 20, True)
+    for dtype in DTYPES:
+        narrow_linear(*(t.to(dtype) for t in few))
+        assert not seen
+    strided = few[1].t().contiguous().t()
+    others = [tensors(MAX_ROWS + 1, 48, 20, True), (few[0], strided, None), [t.double() for t in few]]
+    for count, arguments in enumerate(others, 1):
+        check(*arguments)
+        assert len(seen) == count

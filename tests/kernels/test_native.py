@@ -1,5 +1,6 @@
 """Building and loading the C++ kernels."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -103,3 +104,12 @@ def test_units_of_the_processor(line, bfloat16, float16, monkeypatch):
     monkeypatch.setattr(native, "_flags", lambda: line)
     found = [native.has_units.__wrapped__(d) for d in (torch.bfloat16, torch.float16, torch.float32)]
     assert found == [bfloat16, float16, True]
+
+
+def test_an_operator_that_does_not_compile_is_done_without(folder, caplog):
+    source = folder / "native.cpp"
+    source.write_text(SOURCE)
+    source.with_name("operator.cpp").write_text("#error no\n")
+    with caplog.at_level("INFO", "avl_fx"):
+        assert native.bind(source, "answer", [], ctypes.c_int)() == 42
+    assert "its calls pass through Python" in caplog.text

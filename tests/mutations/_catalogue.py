@@ -54,7 +54,7 @@ RESOLVE, STORED, COMPACT = f"{P}resolve_rows.py", "tests/avl_fx/test_stored_rows
 
 
 FEWER, FILTER = f"{P}fewer_rows.py", "tests/e2e/test_prefill_filter.py -m 'not matrix'"
-NARROW_LINEAR = "tests/kernels/test_narrow_linear.py"
+NARROW_LINEAR, OPERATORS = "tests/kernels/test_narrow_linear.py", "tests/kernels/test_operators.py"
 SURVIVORS = "tests/kernels/test_survivors.py"
 WRAPPED, QUANTISED = "tests/e2e/test_wrapped_model.py", "tests/e2e/test_quantised_weights.py"
 
@@ -541,6 +541,23 @@ MUTATIONS: list[Mutation] = [
     *_in(
         "kernels/narrow_linear/cpu.py",
         ("leave rows of a piece out", "slice(start, start + step)", "slice(start, start + 1)", NARROW_LINEAR),
+    ),
+    *_in(
+        "kernels/narrow_linear/operator.cpp",
+        ("read a strided input as if it were contiguous", " || !input.is_contiguous())", ")", NARROW_LINEAR),
+        ("read a bias of another dtype", "bias->scalar_type() != dtype || ", "", NARROW_LINEAR),
+    ),
+    *_in(
+        "kernels/partitioned_decode/operator.cpp",
+        ("store a row where no room is", "!has_spare_row(key, element) || ", "", OPERATORS),
+        ("step through a broadcast mask", "if (size == shape[d]) strides", "strides", OPERATORS),
+        ("count a spare row into the strides", "view.size(d) + (d == 2)", "view.size(d)", OPERATORS),
+        (
+            "weigh whatever is asked",
+            "weigh && *static_cast<const int32_t*>(weigh->data_ptr()) != 0",
+            "false",
+            OPERATORS,
+        ),
     ),
     *_in(
         "kernels/numbers.h",

@@ -1,0 +1,38 @@
+// What the operators share that are given to PyTorch's dispatcher in C++, by its stable ABI.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+// Calls an operator that is implemented in Python; the stack receives what it returns.
+template <size_t N>
+void call_python(const char* name, std::array<StableIValue, N>& stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+}
+
+// What the kernels call the kinds of numbers that they compute with; -1: none of these.
+inline int64_t kind_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return 0;
+    case ScalarType::Half: return 1;
+    case ScalarType::BFloat16: return 2;
+    default: return -1;
+  }
+}
+
+inline const void* address(const Maybe& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
+
+}  // namespace
