@@ -9,6 +9,7 @@ from benchmarks import (
     decode,
     filtered_prompt,
     grouped_attention,
+    half_precision,
     lazy_layers,
     partitioned_attention,
     pass_overhead,
@@ -28,6 +29,7 @@ def main() -> None:
     compact_cache.main()
     filtered_prompt.main()
     lazy_layers.main()
+    half_precision.main()
 
 
 if __name__ == "__main__":
