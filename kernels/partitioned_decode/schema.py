@@ -148,9 +148,9 @@ def _error(query, key, value, new_key, new_value, mask, segments, weigh, scale) 
     """What `partitioned_decode` would raise, in words; empty: nothing."""
     try:
         check(query, key, value, new_key, new_value, segments, weigh)
-        for cache in (key, value):
-            if new_key is not None:
-                check_spare_row(cache)
+        if new_key is not None:
+            check_spare_row(key)
+            check_spare_row(value)
         if mask is not None:
             mask.expand(*query.shape[:2], 1, key.shape[2] + (new_key is not None))
     except (RuntimeError, ValueError) as error:

@@ -140,9 +140,9 @@ def test_a_decoder_in_pieces_is_seen_whole_and_named():
 
 
 def test_generate_arguments_are_passed_through():
-    report = explained("llava", "avl_fx.compile", new_tokens=2, cache_implementation="static")
+    report = explained("llava", "avl_fx.compile", lazy=False, new_tokens=2, cache_implementation="static")
     assert {s.cache for s in report.sites if s.role == "decoder"} == {"static"}
-    assert [f.phase for f in report.forwards] == ["prefill", "decode"]
+    assert report.plan == {"version": 1}
 
 
 def test_model_without_generate_is_called_once():
@@ -459,3 +459,4 @@ def test_what_a_static_cache_keeps_for_nothing():
     words = " ".join(str(report).split())
     assert f"keeps its buffers ({kib(2 * of_a_layer)}, which an AVLCache does not take)" in words
     assert explained("llava").kv.empty_bytes == 0
+    assert explained("llava", lazy=False).kv.empty_bytes == 0

@@ -89,7 +89,7 @@ def test_batches_of_many_sizes_stay_below_the_limit():
     plan = Plan.avl(0.3, 0.5, 3, text=0.5, text_minimum=4).combine(Plan.lazy([(1, 3)], mode="vla_scores"))
     counts = []
     with through("avl_fx.compile", model, plan=plan, compiler="eager") as recorder:
-        for batch, seed, steps in [(1, 0, 4), (2, 1, 6), (3, 2, 3), (1, 3, 5), (4, 4, 3)]:
+        for batch, seed, steps in [(1, 0, 4), (2, 1, 6), (3, 2, 3), (1, 3, 5), (4, 4, 6), (2, 5, 3), (5, 6, 4)]:
             given = zoo.inputs(model, batch=batch, seed=seed)
             prefill_and_decode(model, given, avl_fx.AVLCache(plan, model.config), steps=steps)
             counts.append(len(decoder_graphs(recorder)))

@@ -169,7 +169,7 @@ def test_every_spelling_is_rewritten_exactly_or_refused(spelling: Spelling) -> N
         assert not rewritten.canonical
 
 
-@settings(SETTINGS, max_examples=EXAMPLES // 3)
+@settings(SETTINGS, max_examples=EXAMPLES // 2)
 @given(spellings())
 def test_every_spelling_survives_the_whole_pipeline(spelling: Spelling) -> None:
     """Lowered, and traced as Inductor traces it: recorded shapes and layouts hold."""
