@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from avl_fx.kernels.dispatch import implementation
-from avl_fx.kernels.partitioned_decode.schema import check
+from avl_fx.kernels.dispatch import implementation, keep_in_python
+from avl_fx.kernels.partitioned_decode.schema import check, decode_error
 
 __all__ = ["anchor_decode"]
 
@@ -57,3 +57,6 @@ def _(query, key, value, new_key, new_value, mask, segments, weigh, scale):
     seen = keys if new_key is None else keys + 1
     weights = query.new_empty((batch, kv_heads, 0 if weigh is None else seen), dtype=torch.float32)
     return out, weights, query.new_empty((batch, query.shape[1], seen), dtype=torch.float32)
+
+
+keep_in_python(NAME, anchor_decode, decode_error)

@@ -9,7 +9,8 @@ of its own.
 import torch
 from torch import Tensor
 
-from avl_fx.kernels.dispatch import implementation
+from avl_fx.kernels.dispatch import implementation, keep_in_python
+from avl_fx.kernels.partitioned_decode.capacity import check_spare_row
 from avl_fx.kernels.partitioned_decode.schema import check, check_ranges, check_rows
 
 __all__ = ["inherited_decode"]
@@ -140,3 +141,21 @@ def _check_anchor_key(anchor_key: Tensor, query: Tensor | None, value: Tensor, s
             f"[{batch}, {kv_heads}, at most {seen}, {query.shape[3]}], {query.dtype} on {query.device}."
         )
     check_rows("anchor_key", anchor_key, None)
+
+
+def _error(logits, query, key, value, new_key, new_value, mask, segments, inherited, scale, anchor_key=None) -> str:
+    """What `inherited_decode` would raise, in words; empty: nothing."""
+    try:
+        _check(logits, query, key, value, new_key, new_value, segments, inherited, anchor_key)
+        for cache, row in ((key, new_key), (value, new_value)):
+            if cache is not None and row is not None:
+                check_spare_row(cache)
+        if mask is not None:
+            heads = (query if logits is None else logits).shape[1]
+            mask.expand(value.shape[0], heads, 1, value.shape[2] + (new_value is not None))
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+keep_in_python(NAME, inherited_decode, _error)

@@ -9,7 +9,7 @@ and 11 ms here; 4 rows 44 and 9 ms; 8 rows 45 and 11 ms; 16 rows 53 and 20 ms; 3
 import torch
 from torch import Tensor
 
-from avl_fx.kernels.dispatch import implementation
+from avl_fx.kernels.dispatch import implementation, keep_in_python
 
 __all__ = ["MAX_ROWS", "narrow_linear"]
 
@@ -45,9 +45,7 @@ torch.library.define(
     NAME, torch.library.infer_schema(narrow_linear, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
 )
 torch.library.impl(NAME, "CompositeExplicitAutograd")(narrow_linear)
-# What ``operator.cpp``, to which calls go where it could be built, does not take itself.
-torch.library.define(f"{NAME}_in_python", torch.library.infer_schema(narrow_linear, mutates_args=()))
-torch.library.impl(f"{NAME}_in_python", "CompositeExplicitAutograd")(narrow_linear)
+keep_in_python(NAME, narrow_linear)
 
 
 @torch.library.register_fake(NAME)

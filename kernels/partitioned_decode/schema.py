@@ -8,10 +8,10 @@ stored on the way, so that no copy of the cache is made for it either.
 import torch
 from torch import Tensor
 
-from avl_fx.kernels.dispatch import implementation
+from avl_fx.kernels.dispatch import implementation, keep_in_python
 from avl_fx.kernels.partitioned_decode.capacity import check_spare_row
 
-__all__ = ["MAX_SEGMENTS", "check", "check_ranges", "check_rows", "partitioned_decode"]
+__all__ = ["MAX_SEGMENTS", "check", "check_ranges", "check_rows", "decode_error", "partitioned_decode"]
 
 MAX_SEGMENTS = 64
 """Key ranges a batch row may have."""
@@ -144,7 +144,7 @@ def check_ranges(name: str, ranges: Tensor | None, batch: int) -> None:
         raise ValueError(f"{name}: {ranges.shape[1]} a row. Fix: at most {MAX_SEGMENTS}; merge neighbours.")
 
 
-def _error(query, key, value, new_key, new_value, mask, segments, weigh, scale) -> str:
+def decode_error(query, key, value, new_key, new_value, mask, segments, weigh, scale) -> str:
     """What `partitioned_decode` would raise, in words; empty: nothing."""
     try:
         check(query, key, value, new_key, new_value, segments, weigh)
@@ -158,8 +158,4 @@ def _error(query, key, value, new_key, new_value, mask, segments, weigh, scale) 
     return ""
 
 
-# What ``operator.cpp``, to which calls go where it could be built, asks and does not take itself.
-_ARGUMENTS, _, _RETURNS = torch.library.infer_schema(partitioned_decode, mutates_args=()).rpartition("->")
-for _name, _returned, _function in (("in_python", _RETURNS, partitioned_decode), ("error", "str", _error)):
-    torch.library.define(f"{NAME}_{_name}", f"{_ARGUMENTS}-> {_returned}")
-    torch.library.impl(f"{NAME}_{_name}", "CompositeExplicitAutograd")(_function)
+keep_in_python(NAME, partitioned_decode, decode_error)

@@ -155,14 +155,14 @@ def observed(name, door, kind, plan):
     def run(model, **inputs):
         caches.append(prefill_and_decode(model, inputs, kind, steps=STEPS).cache)
 
-    native.is_available()  # has given the operator to PyTorch's dispatcher by now, from which it is taken back
+    native.is_available()  # has given the operators to PyTorch's dispatcher by now, from which they are taken back
     with pytest.MonkeyPatch.context() as patch, torch.library._scoped_library("avl", "IMPL") as dispatched:
-        dispatched.impl("partitioned_decode", operator.partitioned_decode, "CPU", allow_override=True)
-        for table, value_at in (
-            (operator.IMPLEMENTATIONS, 2),
-            (inherited_decode.ANCHOR_IMPLEMENTATIONS, 2),
-            (inherited_decode.IMPLEMENTATIONS, 3),
+        for called, table, value_at in (
+            (operator.partitioned_decode, operator.IMPLEMENTATIONS, 2),
+            (inherited_decode.anchor_decode, inherited_decode.ANCHOR_IMPLEMENTATIONS, 2),
+            (inherited_decode.inherited_decode, inherited_decode.IMPLEMENTATIONS, 3),
         ):
+            dispatched.impl(called.__name__, called, "CPU", allow_override=True)
             patch.setitem(table, "cpu", counting(table["cpu"], value_at))
         model = zoo_model(name)
         report = avl_fx.explain(model, plan, front_door=door, run=run, **zoo.inputs(model, BATCH))
