@@ -9,11 +9,18 @@ import avl_fx
 from avl_fx import Plan
 from avl_fx.modality import given
 from avl_fx.modality_hook import ModalityHook
+from tests.e2e._covering import rest_in_matrix
 from tests.e2e._doors import FLOAT32_TOLERANCE, largest, through
 from tests.zoo import ZOO
 from tests.zoo._run import prefill_and_decode
 
 STEPS, ROUNDS = 16, 3
+CASES = [
+    ("avl_fx.compile", "dynamic", "text"),
+    ("torch.compile", "static", "text"),
+    ("avl_fx.compile", "dynamic", "identity"),
+    ("avl_fx.compile", "static", "lazy"),
+]
 PLANS = {
     "identity": None,
     "text": Plan.avl(0.2, 0.4, 2, text=0.4, text_minimum=4),
@@ -44,12 +51,7 @@ def together(*jobs):
 
 @pytest.mark.parametrize(
     ("door", "kind", "plan"),
-    [
-        ("avl_fx.compile", "dynamic", "text"),
-        ("torch.compile", "static", "text"),
-        ("avl_fx.compile", "dynamic", "identity"),
-        ("avl_fx.compile", "static", "lazy"),
-    ],
+    rest_in_matrix(CASES, CASES[::3], apart=True),
 )
 def test_two_threads_on_one_compiled_model(door, kind, plan):
     """Once it is compiled: Dynamo itself may crash where one thread runs a frame that another one is compiling."""

@@ -19,14 +19,24 @@ FEW_BYTES = 64
 """Of a thread's stack: a few words, which ptxas may choose over a register that would cost occupancy."""
 TABLE = Path(__file__).parents[2] / "benchmarks/results/kernels_ahead_of_time.json"
 FIRST = {operator: name for name, (operator, _) in reversed(SPECIMENS.items())}
-SPECIMEN = [
-    pytest.param(name, marks=() if name in FIRST.values() else pytest.mark.slow, id=f"{operator}-{name}")
+
+
+def _mark(operator: str, name: str, target: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Of each operator `make test` compiles one specimen, for every other target."""
+    if FIRST[operator] != name:
+        return (pytest.mark.slow,)
+    place = [*FIRST].index(operator) + [*TARGETS].index(target)
+    return (pytest.mark.matrix,) if place % 2 else ()
+
+
+CASES = [
+    pytest.param(name, target, marks=_mark(operator, name, target), id=f"{operator}-{name}-{target}")
     for name, (operator, _) in SPECIMENS.items()
+    for target in TARGETS
 ]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("specimen", SPECIMEN)
+@pytest.mark.parametrize(("specimen", "target"), CASES)
 def test_compiles(specimen: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for launch in launches(specimen):
