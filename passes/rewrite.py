@@ -183,10 +183,11 @@ def remove_dead(
 
 
 def _reads(node: fx.Node) -> list[fx.Node]:
-    """The inputs that ``node`` reads elements of: none for metadata, nor for a view, which may itself be unread."""
+    """The inputs that ``node`` reads elements of: none for metadata, nor for a view, which may itself be unread.
+
+    A copy of what is looked up (`rows[order]`) passes for a view of its source here; what it is looked up by is read.
+    """
     if node.op == "output" or op(node) not in METADATA_OPS | VIEW_OPS:
         return node.all_input_nodes
     source = arg(node, 0, "input")
-    others = [used for used in node.all_input_nodes if used is not source]
-    # `rows[order]` copies, and reads both.
-    return node.all_input_nodes if any(isinstance(fake(used), torch.Tensor) for used in others) else others
+    return [used for used in node.all_input_nodes if used is not source]

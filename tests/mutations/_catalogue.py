@@ -447,8 +447,8 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "take what is looked up by for unread",
-            "isinstance(fake(used), torch.Tensor)",
-            "False",
+            "return [used for used in node.all_input_nodes if used is not source]",
+            "return []",
             f"{REWRITE} -k advanced",
         ),
         ("remove writes that are read later", "if writes[node] & read:", "if False:", REWRITE),

@@ -153,11 +153,11 @@ class TwoQueries(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = Attention(), nn.Linear(WIDTH, WIDTH)
+        self.first, self.between, self.second = Attention(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, cache: Any) -> Any:
         out, key, value = self.first(x, None, None, cache)
-        query = self.second(out).unflatten(-1, (2, 8)).transpose(1, 2)
+        query = self.second(self.between(out).relu()).unflatten(-1, (2, 8)).transpose(1, 2)
         return F.scaled_dot_product_attention(query, key, value), key, value
 
 
