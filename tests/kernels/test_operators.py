@@ -127,9 +127,8 @@ def calls(draw):
 @st.composite
 def inheriting_calls(draw):
     """As `calls`, of a lazy layer: with all logits inherited, with some, or with keys in their place."""
-    case, appends, ranged = draw(cases()), draw(st.booleans()), draw(st.booleans())
+    case, appends, rows = draw(cases()), draw(st.booleans()), draw(ranges(SHAPES))
     mode = draw(st.sampled_from(["gla", "vla_scores", "vla"]))
-    rows = segments(SHAPES[draw(st.sampled_from([*SHAPES]))]) if ranged else None
     inherited, seen = INHERITED[draw(st.sampled_from([*INHERITED]))], case.keys + appends
     mask = draw(masks(case, seen))
     count = draw(st.integers(0, least(inherited, case.keys)))
