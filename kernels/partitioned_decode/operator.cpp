@@ -8,6 +8,16 @@ namespace {
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
+template <typename... Arguments>
+std::array<StableIValue, sizeof...(Arguments)> stack_of(const Arguments&... arguments) {
+  return {from(arguments)...};
+}
+
+Given given_of(const Tensor& query, const Tensor& key, const Tensor& value, const Maybe& new_key, const Maybe& new_value,
+               const Maybe& mask, const Maybe& segments, const Maybe& weigh) {
+  return {&query, &key, &value, maybe(new_key), maybe(new_value), maybe(mask), maybe(segments), maybe(weigh)};
+}
+
 // Calls an operator's implementation in Python. `arguments` makes a stack of them, which each call uses up.
 template <typename Arguments>
 auto in_python(const std::string& name, Arguments arguments) {
@@ -41,13 +51,11 @@ std::tuple<Tensor, Tensor> answer(Call& c, const Given& given) {
 std::tuple<Tensor, Tensor> partitioned_decode(const Tensor& query, const Tensor& key, const Tensor& value,
                                               const Maybe& new_key, const Maybe& new_value, const Maybe& mask,
                                               const Maybe& segments, const Maybe& weigh, double scale) {
-  const Given given{&query,      &key,           &value,       maybe(new_key), maybe(new_value),
-                    maybe(mask), maybe(segments), maybe(weigh)};
+  const Given given = given_of(query, key, value, new_key, new_value, mask, segments, weigh);
   Call c{};
   if (fits(given, scale, c)) return answer(c, given);
-  const auto stack = in_python("avl::partitioned_decode", [&]() -> std::array<StableIValue, 9> {
-    return {from(query), from(key),      from(value), from(new_key), from(new_value),
-            from(mask),  from(segments), from(weigh), from(scale)};
+  const auto stack = in_python("avl::partitioned_decode", [&] {
+    return stack_of(query, key, value, new_key, new_value, mask, segments, weigh, scale);
   });
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
@@ -55,8 +63,7 @@ std::tuple<Tensor, Tensor> partitioned_decode(const Tensor& query, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> anchor_decode(const Tensor& query, const Tensor& key, const Tensor& value,
                                                  const Maybe& new_key, const Maybe& new_value, const Maybe& mask,
                                                  const Maybe& segments, const Maybe& weigh, double scale) {
-  const Given given{&query,      &key,           &value,       maybe(new_key), maybe(new_value),
-                    maybe(mask), maybe(segments), maybe(weigh)};
+  const Given given = given_of(query, key, value, new_key, new_value, mask, segments, weigh);
   Call c{};
   if (fits(given, scale, c)) {
     const int64_t seen = c.keys + new_value.has_value();
@@ -67,9 +74,8 @@ std::tuple<Tensor, Tensor, Tensor> anchor_decode(const Tensor& query, const Tens
     const auto [out, weights] = answer(c, given);
     return {out, weights, kept};
   }
-  const auto stack = in_python("avl::anchor_decode", [&]() -> std::array<StableIValue, 9> {
-    return {from(query), from(key),      from(value), from(new_key), from(new_value),
-            from(mask),  from(segments), from(weigh), from(scale)};
+  const auto stack = in_python("avl::anchor_decode", [&] {
+    return stack_of(query, key, value, new_key, new_value, mask, segments, weigh, scale);
   });
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
 }
@@ -83,9 +89,8 @@ Tensor inherited_decode(const Maybe& logits, const Maybe& query, const Maybe& ke
   // Either logits are inherited or keys are; without a query it is all logits.
   const bool is_whole = logits.has_value() != anchor_key.has_value() && query.has_value() == inherited.has_value();
   if (is_whole && fits(given, scale, c)) return std::get<0>(answer(c, given));
-  const auto stack = in_python("avl::inherited_decode", [&]() -> std::array<StableIValue, 11> {
-    return {from(logits), from(query),    from(key),       from(value), from(new_key),   from(new_value),
-            from(mask),   from(segments), from(inherited), from(scale), from(anchor_key)};
+  const auto stack = in_python("avl::inherited_decode", [&] {
+    return stack_of(logits, query, key, value, new_key, new_value, mask, segments, inherited, scale, anchor_key);
   });
   return to<Tensor>(stack[0]);
 }
