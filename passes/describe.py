@@ -119,7 +119,9 @@ def _kind(module: torch.nn.Module | None, layer: int | None, query: Any, key: An
             return "cross"
     if getattr(module, "is_cross_attention", False) is True:
         return "cross"
-    if getattr(module, "is_sliding", False) is True or isinstance(getattr(module, "sliding_window", None), int):
+    slides = getattr(module, "is_sliding", None)
+    # EXAONE keeps the number in layers that do not slide, too, and says so.
+    if slides is True or (slides is not False and isinstance(getattr(module, "sliding_window", None), int)):
         return "sliding"
     declared = _declared_kind(module, layer)
     return declared.removesuffix("_attention") if declared not in (None, "attention") else "full"

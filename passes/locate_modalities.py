@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from avl_fx.passes.context import PassContext, VisualSource
-from avl_fx.passes.nodes import VIEW_OPS, alias_root, arg, fake, op, same_shape, shape, where_args
+from avl_fx.passes.nodes import VIEW_OPS, alias_root, arg, fake, op, same_shape, shape, where_args, written_between
 from avl_fx.passes.rewrite import insert_call
 from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.passes.site import PassResult
@@ -48,14 +48,16 @@ def locate_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
 
 
 def _splice_masks(gm: fx.GraphModule, ctx: PassContext) -> list[fx.Node]:
-    """The masks of all splices into the decoder's sequence; empty when several sequences are spliced into."""
-    masks = list(dict.fromkeys(m for m in map(_splice_mask, gm.graph.nodes) if m is not None))
+    """The masks of all splices into the decoder's sequence; empty when several sequences are spliced into, or where one
+    is written to later: what it says depends on when it is asked."""
+    masks = list(dict.fromkeys(_moved(m) for m in map(_splice_mask, gm.graph.nodes) if m is not None))
     rows = {tuple(map(str, (shape(m) or ())[:2])) for m in masks}
     if len(rows) > 1:
         # A masked image model splices into its patches as well: only the decoder's own sequence counts.
         rows &= {(str(site.batch), str(site.queries)) for site in decoder_sites(ctx)}
         masks = [m for m in masks if tuple(map(str, (shape(m) or ())[:2])) in rows]
-    return masks if len(rows) == 1 else []
+    written = any(written_between(m, m.next, gm.graph.output_node()) for m in masks)
+    return masks if len(rows) == 1 and not written else []
 
 
 def _splice_mask(node: fx.Node) -> fx.Node | None:
@@ -83,6 +85,15 @@ def _splice_mask(node: fx.Node) -> fx.Node | None:
         return None
     if flags.dim() not in (2, 3) or [str(s) for s in flags.shape[:2]] != [str(s) for s in embeds[:2]]:
         return None
+    return mask
+
+
+def _moved(mask: fx.Node) -> fx.Node:
+    """What ``mask`` was before it was moved to the device of a layer: features may be added in front of several."""
+    while op(mask) == "to" and isinstance(source := mask.args[0], fx.Node):
+        if fake(source).dtype != torch.bool or not same_shape(source, mask):
+            break
+        mask = source
     return mask
 
 

@@ -26,7 +26,7 @@ __all__ = ["key_flags", "new_flags", "new_rows", "past_ranges", "starts_cache"]
 def new_flags(gm: fx.GraphModule, ctx: PassContext) -> tuple[fx.Node | None, tuple[str, ...]]:
     """This forward's visual positions, bool ``[batch, queries]``, before any lazy layer; and the names of new inputs.
 
-    ``None``: they are not known.
+    ``None``: they are not known, or not that early (features that are added between layers).
     """
     first = _first(ctx)
     inputs = _inputs(gm, ctx, first)
@@ -35,7 +35,7 @@ def new_flags(gm: fx.GraphModule, ctx: PassContext) -> tuple[fx.Node | None, tup
     shown = ctx.visual.node
     if shown is not None:
         sizes, wanted = shape(shown) or (), shape(first.args[0]) or ()
-        if len(sizes) == 2 and same_size(sizes[0], wanted[0]) and same_size(sizes[1], wanted[2]):
+        if len(sizes) == 2 and same_size(sizes[0], wanted[0]) and same_size(sizes[1], wanted[2]) and shown < first:
             inputs.flags = shown
         return inputs.flags, ()
     if inputs.batch is None or inputs.queries is None:

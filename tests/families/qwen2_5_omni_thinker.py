@@ -52,7 +52,7 @@ def make(attn_implementation="sdpa", dtype=torch.float32, seed=0):
     return build(Qwen2_5OmniThinkerForConditionalGeneration, config, attn_implementation, dtype, seed)
 
 
-def inputs(model, batch=1, seed=0, first=0):
+def inputs(model, batch=1, seed=0, first=0, clip_tokens=CLIP):
     def image(size, generator):
         t, h, w = grid = _qwen.GRIDS[size]
         tokens = [VISION_START, *[IMAGE] * (t * h * w // _qwen.MERGE**2), VISION_END]
@@ -60,7 +60,7 @@ def inputs(model, batch=1, seed=0, first=0):
         if size == "A":
             return tokens, (patches, grid, None)
         clip = pixels(generator, 1, MELS, FRAMES)
-        return [*tokens, AUDIO_START, *[AUDIO] * CLIP, AUDIO_END], (patches, grid, clip)
+        return [*tokens, AUDIO_START, *[AUDIO] * clip_tokens, AUDIO_END], (patches, grid, clip)
 
     made = prompt(image, batch, seed, first)
     out = {"input_ids": made.input_ids, "attention_mask": made.attention_mask}

@@ -15,32 +15,34 @@ KINDS = ("none", "full", "none", "full", "full")
 LAYERS = {"none": "linear_attention", "full": "full_attention"}
 
 
+TEXT = {
+    **_qwen.TEXT,
+    "num_hidden_layers": len(KINDS),
+    "layer_types": [LAYERS[kind] for kind in KINDS],
+    "head_dim": 32,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
+TOWER = {
+    **_qwen.TOWER,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "out_hidden_size": TEXT["hidden_size"],
+    "num_position_embeddings": 16,
+}
+
+
 def make(attn_implementation="sdpa", dtype=torch.float32, seed=0):
-    text = {
-        **_qwen.TEXT,
-        "num_hidden_layers": len(KINDS),
-        "layer_types": [LAYERS[kind] for kind in KINDS],
-        "head_dim": 32,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.25,
-            "mrope_section": [2, 1, 1],
-            "mrope_interleaved": True,
-        },
-    }
-    tower = {
-        **_qwen.TOWER,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "out_hidden_size": text["hidden_size"],
-        "num_position_embeddings": 16,
-    }
-    config = Qwen3_5Config(text_config=text, vision_config=tower, **_qwen.IDS)
+    config = Qwen3_5Config(text_config=TEXT, vision_config=TOWER, **_qwen.IDS)
     return build(Qwen3_5ForConditionalGeneration, config, attn_implementation, dtype, seed)
 
 

@@ -250,9 +250,15 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "ignore sliding windows",
-            'if getattr(module, "is_sliding", False) is True or',
+            "if slides is True or",
             "if False or",
             f"{SHARE} -k 'differs'",
+        ),
+        (
+            "take the size of a window for one",
+            "(slides is not False and isinstance(",
+            "(isinstance(",
+            f"{DESCRIBE} -k sliding_windows",
         ),
         ("call latent attention cross", "if apart and not (", "if apart or (", f"{DESCRIBE} -k latents"),
         ("call another layer's keys another sequence's", "None if shared else key", "key", f"{DESCRIBE} -k earlier"),
@@ -305,7 +311,7 @@ MUTATIONS: list[Mutation] = [
             "guess where nothing is known",
             "if flags is None:\n                result.refuse(site, Reason.VISUAL_UNKNOWN)\n                continue",
             "if flags is None:\n                continue",
-            f"{MODES} -k 'unknown and vla'",
+            f"{P}visual_inputs.py -k behind_the_first",
         ),
         ("refuse a later turn of text", "if flags is None and _continues(ctx, site):", "if False:", SECOND),
     ),
@@ -350,6 +356,7 @@ MUTATIONS: list[Mutation] = [
             "earlier = insert_traced(node, _flags, insert_call(node, torch.zeros_like, past), root.args[0][0])",
             f"{MODES} -k 'second_turn and vla_scores'",
         ),
+        ("use positions before they are there", " and shown < first:", ":", f"{P}visual_inputs.py -k behind_the_first"),
         (
             "take ranges one too long",
             "torch.lt(torch.sub(positions, start), length)",
@@ -406,6 +413,13 @@ MUTATIONS: list[Mutation] = [
         ("take assigned text for images", " or op(mask) in _NEGATIONS:", ":", f"{LOCATE} -k text_assigned"),
         ("intersect images and videos", "torch.logical_or, union, row", "torch.logical_and, union, row", LOCATE),
         ("take zeroed tokens for images", "and op(b) not in _FILLS for b in branches", "for b in branches", LOCATE),
+        (
+            "take one mask for several where each layer moves it",
+            "dict.fromkeys(_moved(m) for m in map",
+            "dict.fromkeys(m for m in map",
+            f"{P}visual_inputs.py -k one_mask",
+        ),
+        ("ask a mask before it is written to", " and not written", "", f"{LOCATE} -k guessed"),
     ),
     *_in(
         "passes/lower.py",

@@ -178,6 +178,7 @@ def test_declared_cross_attention() -> None:
         ("sliding", {"is_sliding": True}),
         ("sliding", {"sliding_window": 4}),
         ("full", {"is_sliding": False, "sliding_window": None}),
+        ("full", {"is_sliding": False, "sliding_window": 4}),
         ("full", {}),
     ],
 )

@@ -78,6 +78,19 @@ def twice_the_same(embeds: Tensor, ids: Tensor, pictures: Tensor, frames: Tensor
     return embeds.masked_scatter(mask, pictures) + torch.zeros_like(embeds).masked_scatter(mask, pictures * 2)
 
 
+def united_in_place(embeds: Tensor, ids: Tensor, pictures: Tensor, frames: Tensor) -> Tensor:
+    mask = ids == IMAGE
+    mask |= ids == VIDEO
+    return embeds.masked_scatter(mask[..., None], torch.cat([pictures, frames]))
+
+
+def twice_by_way_of_a_device(embeds: Tensor, ids: Tensor, pictures: Tensor, frames: Tensor) -> Tensor:
+    """As Granite 4 Vision: each layer moves the one mask to where it is itself."""
+    mask = (ids == IMAGE).unsqueeze(-1).expand_as(embeds)
+    first = embeds.masked_scatter(mask.to(embeds.device), pictures)
+    return first + torch.zeros_like(embeds).masked_scatter(mask.to(embeds.device), pictures * 2)
+
+
 FOUND = {
     masked_scatter: VISUAL,
     masked_scatter_in_place: VISUAL,
@@ -87,6 +100,8 @@ FOUND = {
     image_or_video: VISUAL | FILM,
     where_image_or_video: VISUAL | FILM,
     twice_the_same: VISUAL,
+    united_in_place: VISUAL | FILM,
+    twice_by_way_of_a_device: VISUAL,
 }
 
 
@@ -192,6 +207,14 @@ def scatter_over_hidden_units(embeds, ids, pictures, frames):
     return embeds + torch.zeros(6, HIDDEN).masked_scatter(torch.ones(6, 1).bool(), pictures.repeat(2, 1))
 
 
+def mask_written_later(embeds, ids, pictures, frames):
+    """What it says here is not what it says behind the splice."""
+    mask = ids == IMAGE
+    embeds = embeds.masked_scatter(mask[..., None], pictures)
+    mask.logical_or_(ids == 1)
+    return embeds + mask[..., None]
+
+
 def no_splice(embeds, ids, pictures, frames):
     return embeds + 1
 
@@ -206,6 +229,7 @@ NOT_FOUND = [
     where_from_values,
     where_on_the_ids,
     scatter_over_hidden_units,
+    mask_written_later,
     no_splice,
 ]
 
