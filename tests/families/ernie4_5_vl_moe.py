@@ -44,9 +44,7 @@ def make(attn_implementation="sdpa", dtype=torch.float32, seed=0):
 
 
 def inputs(model, batch=1, seed=0, first=0):
-    made = _qwen.inputs(model, batch, seed, first)
-    if "pixel_values" in made:
-        made["pixel_values"] = made["pixel_values"][:, : 3 * _qwen.PATCH**2]
+    made = _qwen.inputs(model, batch, seed, first, frames=1)
     return made | {"moe_mm_token_type_ids": made["mm_token_type_ids"]}
 
 

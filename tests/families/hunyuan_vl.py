@@ -4,23 +4,13 @@ Special: four axes of M-RoPE: place in the text, width, height, and which image 
 in a learned newline, and learned tokens stand before and behind each image: 2 x (3+1) + 2 = 10 and 4 x (4+1) + 2 = 22.
 """
 
+import functools
+
 import torch
 from transformers import HunYuanVLConfig, HunYuanVLForConditionalGeneration
 
 from tests.zoo import _qwen
-from tests.zoo._base import (
-    DECODER,
-    IMAGE,
-    VISION,
-    VISION_END,
-    VISION_START,
-    ZooModel,
-    build,
-    dtype_of,
-    image_tokens,
-    pixels,
-    prompt,
-)
+from tests.zoo._base import DECODER, IMAGE, VISION, ZooModel, build, image_tokens
 
 TEXT = {
     **DECODER,
@@ -42,28 +32,14 @@ def make(attn_implementation="sdpa", dtype=torch.float32, seed=0):
     return build(HunYuanVLForConditionalGeneration, config, attn_implementation, dtype, seed)
 
 
-def inputs(model, batch=1, seed=0, first=0):
-    def image(size, generator):
-        t, h, w = grid = _qwen.GRIDS[size]
-        tokens = h // _qwen.MERGE * (w // _qwen.MERGE + 1) + 2
-        return [VISION_START, *[IMAGE] * tokens, VISION_END], (pixels(generator, t * h * w, 3 * _qwen.PATCH**2), grid)
-
-    made = prompt(image, batch, seed, first)
-    out = {
-        "input_ids": made.input_ids,
-        "attention_mask": made.attention_mask,
-        "mm_token_type_ids": (made.input_ids == IMAGE).int(),
-    }
-    if made.flat_images:
-        patches, grids = zip(*made.flat_images, strict=True)
-        out |= {"pixel_values": torch.cat(patches).to(dtype_of(model)), "image_grid_thw": torch.tensor(grids)}
-    return out
+def tokens_of(t, h, w):
+    return h // _qwen.MERGE * (w // _qwen.MERGE + 1) + 2
 
 
 MODEL = ZooModel(
     name="hunyuan_vl",
     make=make,
-    inputs=inputs,
+    inputs=functools.partial(_qwen.inputs, tokens_of=tokens_of, frames=1),
     visual_positions=image_tokens,
     decoder_prefix="model.language_model.layers",
     attention_kinds=("full",) * 4,

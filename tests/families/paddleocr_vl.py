@@ -20,10 +20,9 @@ def make(attn_implementation="sdpa", dtype=torch.float32, seed=0):
 
 
 def inputs(model, batch=1, seed=0, first=0):
-    made = _qwen.inputs(model, batch, seed, first)
+    made = _qwen.inputs(model, batch, seed, first, frames=1)
     if "pixel_values" in made:
-        patches = made["pixel_values"][:, : 3 * _qwen.PATCH**2]
-        made["pixel_values"] = patches.unflatten(1, (3, _qwen.PATCH, _qwen.PATCH))
+        made["pixel_values"] = made["pixel_values"].unflatten(1, (3, _qwen.PATCH, _qwen.PATCH))
     return made
 
 

@@ -1,5 +1,7 @@
 """What the Qwen-VL models share: packed patches of images of any size, their grids, and modality ids."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,11 +27,27 @@ IDS = {
 }
 
 
-def inputs(model: torch.nn.Module, batch: int = 1, seed: int = 0, first: int = 0) -> dict[str, Tensor]:
+def merged(t: int, h: int, w: int) -> int:
+    """How many tokens a grid of patches becomes."""
+    return t * h * w // MERGE**2
+
+
+def inputs(
+    model: torch.nn.Module,
+    batch: int = 1,
+    seed: int = 0,
+    first: int = 0,
+    *,
+    tokens_of: Callable[[int, int, int], int] = merged,
+    frames: int = TEMPORAL,
+) -> dict[str, Tensor]:
+    """A prompt whose patches are of ``frames`` (1: images have no time), and a grid of them ``tokens_of`` tokens."""
+
     def image(size: str, generator: torch.Generator) -> tuple[list[int], tuple[Tensor, tuple[int, int, int]]]:
         t, h, w = GRIDS[size]
-        tokens = [VISION_START, *[IMAGE] * (t * h * w // MERGE**2), VISION_END]
-        return tokens, (pixels(generator, t * h * w, 3 * TEMPORAL * PATCH**2), GRIDS[size])
+        tokens = [VISION_START, *[IMAGE] * tokens_of(t, h, w), VISION_END]
+        patches = pixels(generator, t * h * w, 3 * TEMPORAL * PATCH**2)
+        return tokens, (patches[:, : 3 * frames * PATCH**2], GRIDS[size])
 
     made = prompt(image, batch, seed, first)
     out = {
