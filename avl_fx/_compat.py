@@ -222,16 +222,23 @@ def _leave_length_open(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     if length == 1:
         return
     for tensor in tensors:
-        # [batch, length, hidden]; position ids and masks of any rank; no features
-        if tensor.is_floating_point() and tensor.dim() not in (3, 4):
-            continue
-        last = 2 if tensor.is_floating_point() and tensor.dim() == 3 else tensor.dim()
-        sequence = [dim for dim in range(last) if tensor.shape[dim] == length and (dim or tensor.dim() == 1)]
-        rows = 1 if tensor.dim() == 3 and not tensor.is_floating_point() else 0
+        rows, sequence = _batch_and_sequence(tensor, batch, length)
         if sequence and rows not in sequence and tensor.shape[rows] == batch > 1:
             sequence.append(rows)
         for dim in sequence:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def _batch_and_sequence(tensor: torch.Tensor, batch: int, length: int) -> tuple[int, list[int]]:
+    """The dimension of ``tensor`` that may be the batch, and those that are the sequence; none of features."""
+    equal = [dim for dim, size in enumerate(tensor.shape) if size == length and (dim or tensor.dim() == 1)]
+    features = tensor.is_floating_point()
+    if tensor.dim() == 3:  # [batch, length, ...], or [axes, batch, length]: positions, which may be floating point
+        by_axes = 2 in equal and (1 not in equal if features else True)
+        if by_axes and features and tensor.shape[1] != batch:
+            return 0, []
+        return (1, [2]) if by_axes else (0, [dim for dim in equal if dim == 1])
+    return 0, [] if features and tensor.dim() != 4 else equal
 
 
 def uncompile_module(module: torch.nn.Module) -> None:

@@ -18,7 +18,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from avl_fx.passes.nodes import fake, mutated_inputs, op, places, shape
+from avl_fx.passes.expert_rows import expert_rows
+from avl_fx.passes.nodes import arg, fake, mutated_inputs, op, places, shape
 from avl_fx.passes.rewrite import insert_call
 
 __all__ = ["CannotShorten", "FewerRows", "tail_of"]
@@ -34,6 +35,19 @@ _MIXES_POSITIONS = frozenset(
     | {"scaled_dot_product_attention", "flex_attention"}
 )
 """Hand tokens on to others in ways that nothing here understands; what only fills up a batch row would come along."""
+
+_ALONG: dict[str, tuple[int, int | None]] = {
+    **dict.fromkeys(("softmax", "log_softmax", "softmin"), (1, None)),
+    "normalize": (2, 1),
+    **dict.fromkeys(("index_select", "gather", "index_copy", "index_add", "index_fill", "index_reduce"), (1, None)),
+    **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), (1, None)),
+    "take_along_dim": (2, None),
+}
+"""Relate elements along one dimension without that showing in the sizes of what comes out -> position of the argument
+``dim``, and what it is where it is not given (``None``: not known). In place with an underscore."""
+
+_ANYWHERE = frozenset({"take", "put", "index_put", "masked_scatter"})
+"""Read or write at places that a tensor names, in several dimensions."""
 
 
 class CannotShorten(Exception):
@@ -69,6 +83,8 @@ class FewerRows:
         self._taken: dict[fx.Node, fx.Node] = {}
         self._values: dict[fx.Node, Any] = {}
         self._arguments: dict[fx.Node, tuple[Any, Any]] = {}
+        self._rewired: list[tuple[fx.Node, Any]] = []
+        self._experts = self._number_experts()
         depending = list(_depending(cut))
         self._written = _written_behind(cut, depending)
         try:
@@ -85,6 +101,8 @@ class FewerRows:
 
     def roll_back(self) -> None:
         """Take out what was inserted."""
+        for node, args in self._rewired:
+            node.args = args
         for node in reversed(self._inserted):
             self.graph.erase_node(node)
         self._inserted.clear()
@@ -120,6 +138,18 @@ class FewerRows:
             return insert_call(before, torch.index_copy, whole, dims[0], self._row(before), node)
         return insert_call(before, torch.scatter, whole, dims[0], self._index(node, dims[0], before), node)
 
+    def _number_experts(self) -> frozenset[fx.Node]:
+        """What sorts tokens by expert and puts them back; numbers of those behind the cut are made of their own size."""
+        nodes, numbered = expert_rows(self.graph)
+        for write, order in numbered.items():
+            if order > self.cut:
+                numbers = write.args[2]
+                size = self._insert(write, "size", order, 0)
+                own = self._insert(write, torch.arange, size, **numbers.kwargs)  # type: ignore[union-attr]
+                self._rewired.append((write, write.args))
+                write.args = (*write.args[:2], own)
+        return nodes
+
     # ---- one node after the other ----------------------------------------------------------------------------------
 
     def _rerun(self, node: fx.Node) -> None:
@@ -140,8 +170,9 @@ class FewerRows:
         except Exception as error:
             raise CannotShorten(f"{node.name}: {str(error).splitlines()[0] if str(error) else error!r}") from error
         self._compare(node, old, new)
-        self._check_mixing(node, old)
-        self._check_reduction(node, old)
+        if node not in self._experts:
+            self._check_mixing(node, old)
+            self._check_reduction(node, old)
         self._values[node] = new
         self._arguments[node] = (args, kwargs)
 
@@ -167,13 +198,49 @@ class FewerRows:
 
     def _check_mixing(self, node: fx.Node, old: Any) -> None:
         """Nothing but attention that is understood lets one token see another."""
-        if op(node) in _MIXES_POSITIONS:
+        if op(node) in _MIXES_POSITIONS or self._relates_along(node):
             raise CannotShorten(f"{node.name} may mix tokens")
         for size in (size for value in _sized(old) if isinstance(value, torch.Tensor) for size in value.shape):
             if isinstance(size, torch.SymInt) and self._has_tokens(size) and size.node.expr.is_Add:
                 raise CannotShorten(f"{node.name} shifts tokens")
         if not self.alone and isinstance(old, torch.Tensor) and len(_dims_of(node, self.tokens)) > 1:
             raise CannotShorten(f"{node.name} relates tokens to each other")
+
+    def _relates_along(self, node: fx.Node) -> bool:
+        """Whether elements are related, looked up or put somewhere along a dimension that is the sequence."""
+        name, first = op(node).removesuffix("_"), node.args[0] if node.args else None
+        value = fake(first)
+        if not isinstance(value, torch.Tensor):
+            return False
+        sequence = {dim for dim, size in enumerate(value.shape) if self._has_tokens(size)}
+        if name in ("getitem", "setitem"):
+            return self._places_named(node, value, sequence)
+        if name in _ANYWHERE:
+            return bool(sequence)
+        if name not in _ALONG or not sequence:
+            return False
+        dim = arg(node, _ALONG[name][0], "dim", _ALONG[name][1])
+        return not isinstance(dim, int) or dim % value.dim() in sequence
+
+    def _places_named(self, node: fx.Node, value: torch.Tensor, sequence: set[int]) -> bool:
+        """Of ``value[index]``: whether a tensor names places in the sequence; a number may be written under a mask."""
+        index = node.args[1] if isinstance(node.args[1], tuple | list) else (node.args[1],)
+        parts = [(part, fake(part)) for part in index if part is not None]
+        spans = [named.dim() if _is_mask(named) else int(part is not Ellipsis) for part, named in parts]
+        spans = [span if part is not Ellipsis else value.dim() - sum(spans) for (part, _), span in zip(parts, spans)]
+        written = fake(node.args[2]) if op(node) == "setitem" else None
+        dim = 0
+        for (_, named), span in zip(parts, spans, strict=True):
+            hit = not sequence.isdisjoint(range(dim, dim + span))
+            dim += span
+            if not isinstance(named, torch.Tensor):
+                continue
+            if op(node) == "setitem" and not hit and self._has_tokens(named):
+                return True  # one token after the other writes to the same place
+            fills = op(node) == "setitem" and _is_mask(named) and getattr(written, "dim", int)() == 0
+            if hit and not fills:
+                return True
+        return False
 
     def _check_reduction(self, node: fx.Node, old: Any) -> None:
         """Positions are counted from the end of the sequence, or not at all."""
@@ -206,11 +273,22 @@ class FewerRows:
     def _size_of_left(self, source: fx.Node, value: torch.SymInt, before: fx.Node) -> fx.Node:
         if not self._has_tokens(value):
             return source
-        if value.node.expr != self.tokens:
-            raise CannotShorten(f"{source.name} is computed from the length")
         if source not in self._taken:
-            self._taken[source] = self._insert(before, "size", self.rows, 1)
+            self._taken[source] = self._count_of_left(source, value, before)
         return self._taken[source]
+
+    def _count_of_left(self, source: fx.Node, value: torch.SymInt, before: fx.Node) -> fx.Node:
+        """The length, or what arithmetic makes of it, for what is left."""
+        if value.node.expr == self.tokens:
+            return self._insert(before, "size", self.rows, 1)
+        operands = source.args if source.op == "call_function" and not source.kwargs else ()
+        values = [fake(operand) if isinstance(operand, fx.Node) else operand for operand in operands]
+        if values and all(isinstance(value, int | torch.SymInt) for value in values):
+            left = fx.node.map_arg(operands, lambda size: self._size_of_left(size, fake(size), before))
+            found = self._insert(before, source.target, *left)
+            if self._same_size(value, fake(found)):
+                return found
+        raise CannotShorten(f"{source.name} is computed from the length")
 
     def _take(self, source: fx.Node, before: fx.Node) -> fx.Node:
         """``source`` at the positions that are left, in every dimension that is the sequence."""
@@ -246,8 +324,9 @@ class FewerRows:
         size = (shape(node) or ())[dim]
         return size if isinstance(size, int) else self._insert(before, "size", node, dim)
 
-    def _insert(self, before: fx.Node, target: Any, *args: Any) -> fx.Node:
-        node = insert_call(before, target, *args)
+    def _insert(self, before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with fake(self.cut).fake_mode:  # sizes alone do not say that they are fake
+            node = insert_call(before, target, *args, **kwargs)
         self._inserted.append(node)
         return node
 
@@ -296,6 +375,10 @@ def _tail(node: fx.Node, tokens: Any) -> int | None:
 def _dims_of(node: fx.Node, length: Any) -> list[int]:
     sizes = enumerate(shape(node) or ())
     return [dim for dim, size in sizes if isinstance(size, torch.SymInt) and size.node.expr == length]
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
 
 
 def _depending(cut: fx.Node) -> Iterator[fx.Node]:

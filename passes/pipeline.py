@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+from avl_fx.passes.add_features import add_features
 from avl_fx.passes.append_in_place import append_in_place
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.filter_prompt import filter_prompt
@@ -42,6 +43,7 @@ STAGES: tuple[Pass, ...] = (
     append_in_place,  # a growing cache is not copied at each step
     read_once,  # what else a decode step attends to on a CPU, one pass over its keys
     inherit_scores,  # lazy layers take their anchor's logits: decode steps read no keys, or none that are visual
+    add_features,  # features that enter by position are added everywhere, so that a prompt can drop tokens before
     filter_prompt,  # behind one layer a prompt runs on the visual tokens that matter
     lower,  # canonical nodes -> operators Inductor knows
     narrow_linears,  # linear layers on a few rows read their weight once

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 import avl_fx
 from avl_fx import AVLCache, Plan
@@ -31,8 +32,6 @@ PRESETS = {
 }
 WHOLE = [n for n, zoo in ZOO.items() if set(zoo.attention_kinds) == {"full"} and n != "plain_lvlm"]
 """Models all of whose layers attend to everything."""
-AFTER = {"qwen3_vl": 2}
-"""Layer that filters; features that enter layer by layer are added by position, and stand before it."""
 FACTORS = (WHOLE, (1, 3), tuple(PRESETS), ("dense", "gla", "vla", "vla_scores"))
 CASES = list(itertools.product(*FACTORS))
 CHOSEN = one_each(CASES)
@@ -42,12 +41,11 @@ def ids(case):
     return "-".join(map(str, case))
 
 
-def check(name, batch, preset, layers, compiler="eager", keep=0.6, **kwargs):
+def check(name, batch, preset, layers, compiler="eager", keep=0.6, after=0, **kwargs):
     zoo, settings = ZOO[name], PRESETS[preset]
     model = zoo.make()
     inputs = zoo.inputs(model, batch=batch)
     visual = zoo.visual_positions(model, inputs)
-    after = AFTER.get(name, 0)
     blocks = [] if layers == "dense" else [(after + 1, zoo.decoder_layers - 1)]
     plan = Plan.avl(**{"text": None, **settings}, prefill=keep, prefill_after_layer=after)
     if blocks:
@@ -141,9 +139,22 @@ def test_a_graph_whose_sizes_may_not_depend_on_data_keeps_every_token():
     assert found.startswith(Reason.FILTER_SIZES)
 
 
+@pytest.mark.parametrize("after", [1, pytest.param(2, marks=pytest.mark.matrix)])
+def test_features_that_enter_at_the_filter_or_before_it(after):
+    """Qwen3-VL adds features by position behind its first two layers."""
+    check("qwen3_vl", 3, "paper", "dense", after=after)
+
+
 @pytest.mark.matrix
-def test_features_that_enter_behind_the_filter_keep_every_token():
-    """Qwen3-VL adds features by position in its first layers."""
+def test_features_that_enter_otherwise_keep_every_token(monkeypatch):
+    """Whoever reads visual positions one after another needs all of them."""
+
+    def scaled(self, hidden_states, visual_pos_masks, visual_embeds):
+        hidden_states = hidden_states.clone()
+        hidden_states[visual_pos_masks, :] = hidden_states[visual_pos_masks, :] * (1 + visual_embeds)
+        return hidden_states
+
+    monkeypatch.setattr(Qwen3VLTextModel, "_deepstack_process", scaled)
     model = ZOO["qwen3_vl"].make()
     inputs = ZOO["qwen3_vl"].inputs(model, batch=1)
     assert unfiltered(model, inputs, "compact").startswith(Reason.FILTER_GRAPH)
