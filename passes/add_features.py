@@ -69,7 +69,9 @@ def add_features(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         zeros = insert_call(rows, "new_zeros", found.mask, (batch, tokens, stream.shape[2]), dtype=stream.dtype)
         everywhere = insert_call(node, torch.index_put, zeros, (found.mask,), found.features)
         total = insert_call(node, torch.add, found.hidden, everywhere)
-        found.result.replace_all_uses_with(total, delete_user_cb=lambda user, gone=found.replaced: user not in gone)
+        for user in list(found.result.users):
+            if user not in found.replaced:
+                user.replace_input_with(found.result, total)
         rows.args = (zeros, rows.args[1])
         for old in found.replaced:
             if mutated_inputs(old):

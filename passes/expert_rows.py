@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from avl_fx.passes.nodes import METADATA_OPS, arg, const, fake, mutated_inputs, op
+from avl_fx.passes.nodes import METADATA_OPS, arg, const, fake, mutated_inputs, op, shape
 
 __all__ = ["ExpertRows", "expert_rows"]
 
@@ -67,7 +67,7 @@ class ExpertRows(NamedTuple):
 
 def expert_rows(graph: fx.Graph) -> ExpertRows:
     """Find all such parts; nothing of one that is not understood as a whole is among them."""
-    parts = [_Part(node) for node in graph.nodes if op(node) == "sort" and _sorts_a_row(node)]
+    parts = [_Part(node) for node in graph.nodes if op(node) == "sort" and _sorts_ids(node)]
     understood = [part for part in parts if part.follow()]
     nodes = (node for part in understood for node in (part.sort, *part.roles))
     return ExpertRows(frozenset(nodes), {k: v for part in understood for k, v in part.numbered.items()})
@@ -111,9 +111,9 @@ class _Part:
         if name in ("getitem", "index_select") and (index := _lookup(node)) is not None:
             return self._looked_up(first, own, index)
         match name, own:
-            case ("floordiv" | "floor_divide"), _Role.ORDER:
+            case (("floordiv" | "floor_divide"), _Role.ORDER):
                 return self._token(node)
-            case ("empty_like" | "zeros_like"), _Role.ORDER:
+            case (("empty_like" | "zeros_like"), _Role.ORDER):
                 return _Role.ROOM
             case "setitem", _Role.ROOM:
                 return self._inverse(node)
@@ -147,16 +147,18 @@ class _Part:
 
     def _looked_up(self, source: Any, own: _Role | None, index: fx.Node) -> _Role | None:
         """What ``source`` holds at the places that ``index`` names along its first dimension."""
-        by, size = self._of(index), _expression(fake(source).shape[0])
+        by, sizes = self._of(index), shape(source)
+        if not sizes:
+            return None
         if own is _Role.ROW:
             return _Role.PUT_BACK if by is _Role.BACK else None
         if own is not None:
             return None
         if by is _Role.ORDER:
-            return _Role.ROW if size == self.pairs else None
+            return _Role.ROW if _expression(sizes[0]) == self.pairs else None
         if by is _Role.TOKEN:
-            return _Role.ROW if size * self.per_token == self.pairs else None
-        return _Role.ROW if by is _Role.IDS and isinstance(fake(source).shape[0], int) else None
+            return _Role.ROW if _expression(sizes[0]) * self.per_token == self.pairs else None
+        return _Role.ROW if by is _Role.IDS and isinstance(sizes[0], int) else None
 
     def _product(self, node: fx.Node) -> _Role | None:
         rows, weight = arg(node, 0, "input"), arg(node, 1, "weight")
@@ -184,10 +186,11 @@ class _Part:
         return all(isinstance(size, int) for size in value.shape[1:])
 
 
-def _sorts_a_row(node: fx.Node) -> bool:
+def _sorts_ids(node: fx.Node) -> bool:
     ids = fake(node.args[0]) if node.args else None
-    flat = isinstance(ids, Tensor) and ids.dim() == 1 and not ids.dtype.is_floating_point
-    return flat and isinstance(ids.shape[0], torch.SymInt) and _ascending(node, 2)
+    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype.is_floating_point:
+        return False
+    return isinstance(ids.shape[0], torch.SymInt) and _ascending(node, 2)
 
 
 def _ascending(node: fx.Node, position: int) -> bool:
@@ -214,7 +217,8 @@ def _lookup(node: fx.Node) -> fx.Node | None:
         return index if arg(node, 1, "dim") == 0 else None
     parts = node.args[1] if isinstance(node.args[1], tuple | list) else (node.args[1],)
     whole = all(part in (slice(None), Ellipsis) for part in parts[1:])
-    return parts[0] if whole and isinstance(fake(parts[0]), Tensor) and fake(parts[0]).dim() == 1 else None
+    first = fake(parts[0])
+    return parts[0] if whole and isinstance(first, Tensor) and first.dim() == 1 else None  # type: ignore[return-value]
 
 
 def _is_pointwise(name: str) -> bool:

@@ -41,7 +41,6 @@ _ALONG: dict[str, tuple[int, int | None]] = {
     "normalize": (2, 1),
     **dict.fromkeys(("index_select", "gather", "index_copy", "index_add", "index_fill", "index_reduce"), (1, None)),
     **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), (1, None)),
-    "take_along_dim": (2, None),
 }
 """Relate elements along one dimension without that showing in the sizes of what comes out -> position of the argument
 ``dim``, and what it is where it is not given (``None``: not known). In place with an underscore."""
@@ -139,7 +138,7 @@ class FewerRows:
         return insert_call(before, torch.scatter, whole, dims[0], self._index(node, dims[0], before), node)
 
     def _number_experts(self) -> frozenset[fx.Node]:
-        """What sorts tokens by expert and puts them back; numbers of those behind the cut are made of their own size."""
+        """What sorts tokens by expert and puts them back; behind the cut, pairs are numbered by their own count."""
         nodes, numbered = expert_rows(self.graph)
         for write, order in numbered.items():
             if order > self.cut:
@@ -223,22 +222,26 @@ class FewerRows:
         return not isinstance(dim, int) or dim % value.dim() in sequence
 
     def _places_named(self, node: fx.Node, value: torch.Tensor, sequence: set[int]) -> bool:
-        """Of ``value[index]``: whether a tensor names places in the sequence; a number may be written under a mask."""
+        """Of ``value[index]``: whether a tensor names places in the sequence, or tokens name places elsewhere.
+
+        Under a mask of tokens, what is written may be the same everywhere.
+        """
         index = node.args[1] if isinstance(node.args[1], tuple | list) else (node.args[1],)
         parts = [(part, fake(part)) for part in index if part is not None]
-        spans = [named.dim() if _is_mask(named) else int(part is not Ellipsis) for part, named in parts]
-        spans = [span if part is not Ellipsis else value.dim() - sum(spans) for (part, _), span in zip(parts, spans)]
-        written = fake(node.args[2]) if op(node) == "setitem" else None
+        known = sum(_span(part, named) for part, named in parts)
         dim = 0
-        for (_, named), span in zip(parts, spans, strict=True):
+        for part, named in parts:
+            span = value.dim() - known if part is Ellipsis else _span(part, named)
             hit = not sequence.isdisjoint(range(dim, dim + span))
             dim += span
             if not isinstance(named, torch.Tensor):
                 continue
-            if op(node) == "setitem" and not hit and self._has_tokens(named):
-                return True  # one token after the other writes to the same place
-            fills = op(node) == "setitem" and _is_mask(named) and getattr(written, "dim", int)() == 0
-            if hit and not fills:
+            if op(node) == "setitem":
+                written = fake(node.args[2])
+                rank = written.dim() if isinstance(written, torch.Tensor) else 0
+                if hit != self._has_tokens(named) or (hit and not (_is_mask(named) and rank <= value.dim() - span)):
+                    return True
+            elif hit:
                 return True
         return False
 
@@ -379,6 +382,11 @@ def _dims_of(node: fx.Node, length: Any) -> list[int]:
 
 def _is_mask(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == torch.bool
+
+
+def _span(part: Any, named: Any) -> int:
+    """How many dimensions a part of an index stands for; an ellipsis: none by itself."""
+    return named.dim() if _is_mask(named) else int(part is not Ellipsis)
 
 
 def _depending(cut: fx.Node) -> Iterator[fx.Node]:

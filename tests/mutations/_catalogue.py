@@ -53,6 +53,7 @@ SPREAD, SECOND = "tests/passes/test_spread_keys.py", "tests/e2e/test_lazy_modes.
 RESOLVE, STORED, COMPACT = f"{P}resolve_rows.py", "tests/avl_fx/test_stored_rows.py", "tests/e2e/test_compact_cache.py"
 
 
+ADDS, EXPERTS = f"{P}add_features.py", f"{P}expert_rows.py"
 FEWER, FILTER = f"{P}fewer_rows.py", "tests/e2e/test_prefill_filter.py -m 'not matrix'"
 NARROW_LINEAR, OPERATORS = "tests/kernels/test_narrow_linear.py", "tests/kernels/test_operators.py"
 SURVIVORS = "tests/kernels/test_survivors.py"
@@ -1081,11 +1082,43 @@ MUTATIONS: list[Mutation] = [
             "for dim in dims[:1]:\n            if self.alone:",
             FEWER,
         ),
-        ("let tokens mix", "if op(node) in _MIXES_POSITIONS:", "if False:", f"{FEWER} -k 'running or own'"),
+        ("let tokens mix", "if op(node) in _MIXES_POSITIONS or", "if", f"{FEWER} -k 'running or own'"),
+        ("let look-ups mix tokens", " or self._relates_along(node)", "", f"{FEWER} -k 'looked or softmax'"),
+        ("put by place what differs", "rank <= value.dim() - span", "True", f"{FEWER} -k visual"),
+        ("let tokens write elsewhere", "hit != self._has_tokens(named) or", "", f"{FEWER} -k another"),
+        ("number pairs as if all were left", "if order > self.cut:", "if False:", f"{EXPERTS} -k left"),
         ("let tokens shift", "size.node.expr.is_Add", "False", f"{FEWER} -k shifted"),
         ("take what is out of date", "if places(source) & self._written:", "if False:", f"{FEWER} -k later"),
         ("leave what was inserted", "            self.roll_back()\n            raise", "            raise", FEWER),
         ("count the end by one", "return -part if isinstance(part, int)", "return 1 if isinstance(part, int)", FEWER),
+    ),
+    *_in(
+        "passes/expert_rows.py",
+        ("put rows back anywhere", "if by is _Role.BACK else None", "", EXPERTS),
+        ("count in any bins", "const(high) == bins - 1", "True", EXPERTS),
+        ("sort experts downwards", 'not arg(node, position, "descending", False) and', "", EXPERTS),
+        ("number pairs from anywhere", "const(node.args[0]) == 0", "True", EXPERTS),
+        ("look up the token of other pairs", "_expression(sizes[0]) * self.per_token == self.pairs", "True", EXPERTS),
+        ("let any operation keep rows", "if op(node) not in _KEEPS_ROWS and", "if False and", EXPERTS),
+        ("take pairs as they stood for sorted ones", "not (_constant(value) or is_size)", "False", EXPERTS),
+        ("multiply by any offsets", "if [self._of(n) for n in others] == [_Role.OFFSETS]", "if True", EXPERTS),
+        (
+            "let rows leave",
+            "if role is None:\n                    return False",
+            "if role is None:\n                    break",
+            EXPERTS,
+        ),
+    ),
+    *_in(
+        "passes/add_features.py",
+        ("add under another mask", " or _row_mask(rows.args[1]) is not mask", "", ADDS),
+        ("add to what was read before", "if any(user < node and", "if False and any(", ADDS),
+        ("add to what was written before", " or written_between(hidden, own, node)", "", ADDS),
+        ("add features of a later time", " or written_between(features, total, reader)", "", ADDS),
+        ("add under a mask of a later time", "written_between(mask, rows, reader) or", "", ADDS),
+        ("add whatever is combined", 'if op(total) != "add" or', "if", ADDS),
+        ("add though the sum is read", "set(total.users) != {reader} or", "", ADDS),
+        ("add where decode steps are", " or ctx.partition.decode", "", ADDS),
     ),
     *_in(
         "passes/filter_prompt.py",

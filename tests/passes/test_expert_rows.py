@@ -1,4 +1,4 @@
-"""Tokens that are sorted by expert and put back run on fewer rows; whatever is not proven to put them back is refused."""
+"""Tokens that are sorted by expert and put back run on fewer rows; what is not proven to put them back is refused."""
 
 from __future__ import annotations
 

@@ -45,7 +45,21 @@ def the_end(h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     return h[:, -2:] * 2 + h[:, -1, :][:, None]
 
 
-ACCEPTED = (rotated, beside, attention, own_buffer, the_end)
+def by_feature(h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """Look-ups and sums along other dimensions than the sequence, and numbers written under a mask of tokens."""
+    best = h.topk(2, -1).indices
+    weights = h.new_zeros(h.shape).scatter_(2, best, h.gather(2, best).softmax(-1))
+    weights[x[..., 0] > 0] = 0.25
+    weights[x[..., 1] > 0] = WEIGHT[0]
+    return weights.index_select(2, torch.arange(DIM).flip(0)) + h[..., torch.tensor([1, 0] * (DIM // 2))]
+
+
+def counted(h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """Sizes that are computed from the length."""
+    return h.reshape(len(h), x.shape[1] * 2, DIM // 2).mul(2.0).reshape(h.shape)
+
+
+ACCEPTED = (rotated, beside, attention, own_buffer, the_end, by_feature, counted)
 
 
 def writes(h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
@@ -59,6 +73,26 @@ def written_later(h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     return before + (h + y)
 
 
+def put_anywhere(h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    h = h.clone()
+    h[:, torch.arange(h.shape[1]).flip(0)] = x
+    return h
+
+
+def put_one_after_another(h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """The last token that names a place has it."""
+    table = h.new_zeros(4, DIM)
+    table[h[0, :, 0].sign().long() + 1] = h[0]
+    return h + table[0]
+
+
+def of_visual_tokens(h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """What the n-th positive token gets is the n-th row of something."""
+    h = h.clone()
+    h[x[..., 0] > 0] = x[x[..., 0] > 0] * 2
+    return h
+
+
 REFUSED = {
     "mean": lambda h, x, mask: h - h.mean(1, keepdim=True),
     "first": lambda h, x, mask: h[:, 0],
@@ -69,6 +103,16 @@ REFUSED = {
     "written later": written_later,
     "running sum": lambda h, x, mask: h.cumsum(1),
     "shifted": lambda h, x, mask: h + torch.cat([h.new_zeros(len(h), 1, DIM), h], 1)[:, 1:],
+    "looked up": lambda h, x, mask: h[:, torch.arange(h.shape[1]).flip(0)],
+    "selected": lambda h, x, mask: h.index_select(1, torch.arange(h.shape[1]).flip(0)),
+    "gathered": lambda h, x, mask: h.gather(-2, (x > 0).long()),
+    "put": put_anywhere,
+    "put one after another": put_one_after_another,
+    "of visual tokens": of_visual_tokens,
+    "scattered": lambda h, x, mask: h.masked_scatter(x[..., :1] > 0, x.reshape(-1)),
+    "added up": lambda h, x, mask: h.index_add(1, torch.zeros_like(h[0, :, 0], dtype=torch.long), x),
+    "softmax": lambda h, x, mask: h.softmax(1),
+    "normed": lambda h, x, mask: F.normalize(h),
     "attention of its own": lambda h, x, mask: F.scaled_dot_product_attention(h, h, h),
 }
 
