@@ -71,6 +71,7 @@ def test_as_near_to_float32_as_the_oracle(case):
     check(*case, "eager")
 
 
+@pytest.mark.matrix
 def test_as_near_to_float32_as_the_oracle_through_inductor():
     check("gla", "dynamic", "inductor")
 

@@ -137,7 +137,7 @@ def test_partitioned_equals_oracle_everywhere(case):
     check(*case, compiler="eager")
 
 
-@pytest.mark.parametrize("case", COMPILED, ids=ids)
+@pytest.mark.parametrize("case", rest_in_matrix(COMPILED, COMPILED[:1]), ids=ids)
 def test_partitioned_equals_oracle_through_inductor(case):
     check(*case, compiler="inductor")
 

@@ -106,7 +106,9 @@ def test_only_full_layers_are_partitioned(model, cache, length, text):
     assert all(("partitioned" in site.action) == (site.kind == "full") for site in sites)
 
 
-@pytest.mark.parametrize("length", [8, 24], ids=["a chunk", "more than a chunk"])
+@pytest.mark.parametrize(
+    "length", [pytest.param(8, marks=pytest.mark.matrix, id="a chunk"), pytest.param(24, id="more than a chunk")]
+)
 def test_no_layer_inherits_from_another_kind(model, length):
     """However short the prompt is: then neither layer has a mask that would tell."""
     given = inputs(length, batch=1)

@@ -197,13 +197,10 @@ def test_what_lies_behind_it_is_counted(model):
 
 @pytest.mark.parametrize(
     ("text", "spread"),
-    [
-        pytest.param(None, 0.0, marks=pytest.mark.matrix),
-        (0.3, 0.0),
-        pytest.param(None, 0.6, marks=pytest.mark.matrix),
-    ],
+    [(None, 0.0), (0.3, 0.0), (None, 0.6)],
     ids=["all text", "text window", "spread"],
 )
+@pytest.mark.matrix
 def test_a_second_turn_with_another_image(model, text, spread):
     turns = [inputs_of(model, seed=seed) for seed in (0, 1)]
     seen = [ZOO_MODEL.visual_positions(model, inputs) for inputs in turns]
@@ -505,6 +502,7 @@ def test_an_encoder_decoder_is_refused():
 # ---- images that are not in the sequence -----------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 def test_cross_attention_layers_keep_their_images():
     """Mllama: keys of images stand in layers of their own, and are no tokens of the text."""
     zoo = ZOO["mllama"]

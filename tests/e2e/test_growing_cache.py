@@ -95,9 +95,9 @@ def forked(cache):
 @pytest.mark.parametrize(
     ("fork", "plan"),
     [
-        pytest.param(forked, None, id="identity-shared tensors", marks=pytest.mark.matrix),
+        pytest.param(forked, None, id="identity-shared tensors"),
         pytest.param(copy.deepcopy, None, id="identity-deep copy", marks=pytest.mark.matrix),
-        pytest.param(forked, TEXT_WINDOW, id="text window-shared tensors"),
+        pytest.param(forked, TEXT_WINDOW, id="text window-shared tensors", marks=pytest.mark.matrix),
         pytest.param(copy.deepcopy, TEXT_WINDOW, id="text window-deep copy", marks=pytest.mark.matrix),
     ],
 )

@@ -15,7 +15,7 @@ STEPS = 4
 CASES = [(dtype, door) for dtype in (torch.bfloat16, torch.float16) for door in DOORS]
 
 
-@pytest.mark.parametrize(("dtype", "door"), rest_in_matrix(CASES, [CASES[0], CASES[3]], apart=True))
+@pytest.mark.parametrize(("dtype", "door"), rest_in_matrix(CASES, CASES[:1], apart=True))
 def test_linear_layers_round_once(dtype, door, monkeypatch):
     """Prompt and steps, against the same weights in float32."""
     monkeypatch.setattr("avl_fx.kernels.narrow_linear.native.has_units", lambda dtype: False)

@@ -56,7 +56,7 @@ def test_equals_the_oracle_over_16_steps(case):
     ("cache", "compiler"),
     [
         ("dynamic", "aot_eager"),
-        ("static", "inductor"),
+        pytest.param("static", "inductor", marks=pytest.mark.matrix),
         pytest.param("dynamic", "inductor", marks=pytest.mark.matrix),
         pytest.param("static", "aot_eager", marks=pytest.mark.matrix),
     ],

@@ -102,7 +102,7 @@ def test_lazy_equals_oracle(case):
     check(*case, compiler="eager")
 
 
-@pytest.mark.parametrize("case", rest_in_matrix(COMPILED, COMPILED[1:]), ids="-".join)
+@pytest.mark.parametrize("case", rest_in_matrix(COMPILED, COMPILED[1:2]), ids="-".join)
 def test_lazy_equals_oracle_through_inductor(case):
     check(*case, compiler="inductor")
 

@@ -85,7 +85,7 @@ def test_equals_the_oracle_everywhere(case):
     check(*case, compiler="eager")
 
 
-@pytest.mark.parametrize("case", rest_in_matrix(COMPILED, COMPILED[1:]), ids="-".join)
+@pytest.mark.parametrize("case", rest_in_matrix(COMPILED, COMPILED[2:]), ids="-".join)
 def test_equals_the_oracle_through_inductor(case):
     check(*case, compiler="inductor")
 

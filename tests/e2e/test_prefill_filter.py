@@ -18,6 +18,7 @@ from avl_fx.record import recording
 from tests.e2e._covering import one_each, rest_in_matrix
 from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
 from tests.e2e.test_avl import as_oracle, converse
+from tests.families import qwen3_vl_moe
 from tests.oracle import avl_oracle
 from tests.zoo import ZOO
 from tests.zoo._run import prefill_and_decode
@@ -42,7 +43,7 @@ def ids(case):
 
 
 def check(name, batch, preset, layers, compiler="eager", keep=0.6, after=0, **kwargs):
-    zoo, settings = ZOO[name], PRESETS[preset]
+    zoo, settings = ZOO[name] if isinstance(name, str) else name, PRESETS[preset]
     model = zoo.make()
     inputs = zoo.inputs(model, batch=batch)
     visual = zoo.visual_positions(model, inputs)
@@ -65,7 +66,7 @@ def check(name, batch, preset, layers, compiler="eager", keep=0.6, after=0, **kw
     assert largest(got, expected) <= FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("case", rest_in_matrix(CHOSEN, CHOSEN[::4]), ids=ids)
+@pytest.mark.parametrize("case", rest_in_matrix(CHOSEN, CHOSEN[::6]), ids=ids)
 def test_a_filtered_prompt_equals_the_oracle(case):
     check(*case)
 
@@ -139,10 +140,16 @@ def test_a_graph_whose_sizes_may_not_depend_on_data_keeps_every_token():
     assert found.startswith(Reason.FILTER_SIZES)
 
 
-@pytest.mark.parametrize("after", [1, pytest.param(2, marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("after", [1, 2])
 def test_features_that_enter_at_the_filter_or_before_it(after):
     """Qwen3-VL adds features by position behind its first two layers."""
     check("qwen3_vl", 3, "paper", "dense", after=after)
+
+
+def test_features_that_enter_behind_the_filter_and_experts():
+    """Both in one decoder of four layers."""
+    check(qwen3_vl_moe.MODEL, 3, "paper", "dense")
 
 
 @pytest.mark.matrix
@@ -228,7 +235,7 @@ def cut(inputs, tokens):
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param({}, marks=pytest.mark.matrix), {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}],
+    rest_in_matrix([{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], [{"num_beams": 2}]),
     ids=["greedy", "beams", "lookup"],
 )
 def test_generate(model, options):

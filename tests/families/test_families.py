@@ -16,6 +16,7 @@ def test_the_page_says_what_happens(name, question):
     assert QUESTIONS[question](ALL[name]) == SAID[name][question]
 
 
+@pytest.mark.families
 def test_layers_without_a_cache_read_what_is_left_of_another():
     """Of Gemma 3n's decoder the last two layers keep no keys."""
     zoo = ALL["gemma3n"]
