@@ -66,7 +66,8 @@ def add_features(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             continue
         stream, rows = fake(found.hidden), found.rows
         batch, tokens = (insert_call(rows, "size", found.mask, dim) for dim in (0, 1))
-        zeros = insert_call(rows, "new_zeros", found.mask, (batch, tokens, stream.shape[2]), dtype=stream.dtype)
+        like = {"dtype": stream.dtype, "device": stream.device}
+        zeros = insert_call(rows, "new_zeros", found.mask, (batch, tokens, stream.shape[2]), **like)
         everywhere = insert_call(node, torch.index_put, zeros, (found.mask,), found.features)
         total = insert_call(node, torch.add, found.hidden, everywhere)
         for user in list(found.result.users):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from avl_fx.passes.nodes import METADATA_OPS, arg, const, fake, mutated_inputs, op, shape
+from avl_fx.passes.nodes import METADATA_OPS, arg, const, fake, mutated_inputs, op, places, shape
 
 __all__ = ["ExpertRows", "expert_rows"]
 
@@ -105,7 +105,7 @@ class _Part:
             return {0: _Role.IDS, 1: _Role.ORDER}.get(node.args[1]) if name == "getitem" else None  # type: ignore[arg-type]
         own = self._of(first)
         if mutated_inputs(node) and name != "setitem":
-            return self._row(node) if own is _Role.ROW and mutated_inputs(node) == (first,) else None
+            return self._row(node) if own is _Role.ROW and self._is_rows_alone(first, mutated_inputs(node)) else None
         if name in _CASTS and own not in (None, _Role.ROW):
             return own if fake(node).dtype in _WIDE_ENOUGH else None
         if name in ("getitem", "index_select") and (index := _lookup(node)) is not None:
@@ -122,10 +122,15 @@ class _Part:
             case "histc", _Role.IDS:
                 return _Role.COUNTS if _counts_integers(node) else None
             case "cumsum", _Role.COUNTS:
-                return _Role.OFFSETS
+                return _Role.OFFSETS if fake(node).dtype in _WIDE_ENOUGH else None
         if name in _GROUPED:
             return self._product(node)
         return self._row(node)
+
+    def _is_rows_alone(self, target: Any, written: tuple[fx.Node, ...]) -> bool:
+        """Whether ``target`` is all that is written, and no view of ids or of anything else that must stay."""
+        others = (node for node, role in self.roles.items() if role is not _Role.ROW)
+        return written == (target,) and all(places(target).isdisjoint(places(node)) for node in others)
 
     def _token(self, node: fx.Node) -> _Role | None:
         per_token = node.args[1]

@@ -1101,6 +1101,7 @@ MUTATIONS: list[Mutation] = [
         ("look up the token of other pairs", "_expression(sizes[0]) * self.per_token == self.pairs", "True", EXPERTS),
         ("let any operation keep rows", "if op(node) not in _KEEPS_ROWS and", "if False and", EXPERTS),
         ("take pairs as they stood for sorted ones", "not (_constant(value) or is_size)", "False", EXPERTS),
+        ("let ids be written through a view", "and self._is_rows_alone(first, mutated_inputs(node)) ", "", EXPERTS),
         ("multiply by any offsets", "if [self._of(n) for n in others] == [_Role.OFFSETS]", "if True", EXPERTS),
         (
             "let rows leave",

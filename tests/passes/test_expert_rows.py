@@ -101,6 +101,11 @@ def written_twice(order: Tensor) -> Tensor:
     return back
 
 
+def negated(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    found[0].unsqueeze(-1).neg_()
+    return found[0], found[1]
+
+
 REFUSED = {
     "not put back": mixture(finish=lambda out, order, back: out),
     "put back by the order itself": mixture(back=lambda order: order),
@@ -121,6 +126,8 @@ REFUSED = {
     "a running sum": mixture(between=lambda rows, order: rows.cumsum(0)),
     "less the mean": mixture(between=lambda rows, order: rows - rows.mean(0, keepdim=True)),
     "softmax over tokens": mixture(between=lambda rows, order: rows.softmax(0)),
+    "ids written through a view": mixture(sort=lambda ids: negated(torch.sort(ids))),
+    "counts that overflow": mixture(offsets=lambda ids, original: torch.cumsum(count(ids), 0, dtype=torch.int8).int()),
     "the order as a feature": mixture(between=lambda rows, order: rows + order[:, None]),
 }
 
