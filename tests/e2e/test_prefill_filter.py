@@ -18,7 +18,6 @@ from avl_fx.record import recording
 from tests.e2e._covering import one_each, rest_in_matrix
 from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
 from tests.e2e.test_avl import as_oracle, converse
-from tests.families import qwen3_vl_moe
 from tests.oracle import avl_oracle
 from tests.zoo import ZOO
 from tests.zoo._run import prefill_and_decode
@@ -43,7 +42,7 @@ def ids(case):
 
 
 def check(name, batch, preset, layers, compiler="eager", keep=0.6, after=0, **kwargs):
-    zoo, settings = ZOO[name] if isinstance(name, str) else name, PRESETS[preset]
+    zoo, settings = ZOO[name], PRESETS[preset]
     model = zoo.make()
     inputs = zoo.inputs(model, batch=batch)
     visual = zoo.visual_positions(model, inputs)
@@ -145,11 +144,6 @@ def test_a_graph_whose_sizes_may_not_depend_on_data_keeps_every_token():
 def test_features_that_enter_at_the_filter_or_before_it(after):
     """Qwen3-VL adds features by position behind its first two layers."""
     check("qwen3_vl", 3, "paper", "dense", after=after)
-
-
-def test_features_that_enter_behind_the_filter_and_experts():
-    """Both in one decoder of four layers."""
-    check(qwen3_vl_moe.MODEL, 3, "paper", "dense")
 
 
 @pytest.mark.matrix

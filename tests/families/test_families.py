@@ -3,7 +3,7 @@
 import pytest
 
 from tests.families import ALL
-from tests.families._ask import QUESTIONS, partitioned
+from tests.families._ask import KEPT, QUESTIONS, partitioned
 from tests.families._table import read, write
 
 SAID = read()
@@ -14,6 +14,11 @@ SAID = read()
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_the_page_says_what_happens(name, question):
     assert QUESTIONS[question](ALL[name]) == SAID[name][question]
+
+
+def test_features_that_enter_behind_the_filter_and_experts():
+    """Both in one decoder of four layers."""
+    assert partitioned(ALL["qwen3_vl_moe"], "compact", keep=KEPT) == "exact"
 
 
 @pytest.mark.families
