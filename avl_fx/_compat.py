@@ -232,13 +232,13 @@ def _leave_length_open(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
 def _batch_and_sequence(tensor: torch.Tensor, batch: int, length: int) -> tuple[int, list[int]]:
     """The dimension of ``tensor`` that may be the batch, and those that are the sequence; none of features."""
     equal = [dim for dim, size in enumerate(tensor.shape) if size == length and (dim or tensor.dim() == 1)]
-    features = tensor.is_floating_point()
-    if tensor.dim() == 3:  # [batch, length, ...], or [axes, batch, length]: positions, which may be floating point
-        by_axes = 2 in equal and (1 not in equal if features else True)
-        if by_axes and features and tensor.shape[1] != batch:
-            return 0, []
-        return (1, [2]) if by_axes else (0, [dim for dim in equal if dim == 1])
-    return 0, [] if features and tensor.dim() != 4 else equal
+    if not tensor.is_floating_point():  # masks, ids, or positions [axes, batch, length]
+        return int(tensor.dim() == 3 and equal == [2]), equal
+    if tensor.dim() == 3 and equal == [2] and tensor.shape[1] == batch:  # positions, too
+        return 1, equal
+    if tensor.dim() == 3:  # [batch, length, hidden], whatever the hidden size is
+        return 0, [dim for dim in equal if dim == 1]
+    return 0, equal if tensor.dim() == 4 else []
 
 
 def uncompile_module(module: torch.nn.Module) -> None:
