@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <tuple>
@@ -31,6 +32,19 @@ inline int64_t kind_of(ScalarType dtype) {
     case ScalarType::BFloat16: return 2;
     default: return -1;
   }
+}
+
+// A contiguous tensor of whatever is in the memory. `torch::stable::new_empty` goes by the dispatcher, which takes as long
+// as a thousand keys.
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 inline const void* address(const Maybe& tensor) { return tensor ? tensor->data_ptr() : nullptr; }

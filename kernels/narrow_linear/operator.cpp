@@ -43,7 +43,7 @@ Tensor narrow_linear(const Tensor& input, const Tensor& weight, const Maybe& bia
   std::vector<int64_t> shape(dims);
   for (int64_t d = 0; d + 1 < dims; ++d) shape[d] = input.size(d);
   shape[dims - 1] = wide;
-  Tensor out = torch::stable::new_empty(input, shape);
+  Tensor out = empty(shape, dtype);
   const void* given = input.data_ptr();
   const int64_t sizes[] = {count / features, features, wide, features, weight.stride(0),
                            torch::stable::get_num_threads(), kind};

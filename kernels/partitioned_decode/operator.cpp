@@ -35,9 +35,8 @@ auto in_python(const std::string& name, Arguments arguments) {
 std::tuple<Tensor, Tensor> answer(Call& c, const Given& given) {
   const Tensor &value = *given.value, *weigh = given.weigh;
   const int64_t seen = c.keys + (given.new_value != nullptr);
-  Tensor out = torch::stable::new_empty(value, std::vector<int64_t>{c.batch, c.heads, 1, c.value_dim});
-  Tensor weights =
-      torch::stable::new_empty(value, std::vector<int64_t>{c.batch, c.kv_heads, weigh ? seen : 0}, ScalarType::Float);
+  Tensor out = empty({c.batch, c.heads, 1, c.value_dim}, value.scalar_type());
+  Tensor weights = empty({c.batch, c.kv_heads, weigh ? seen : 0}, ScalarType::Float);
   c.out = out.data_ptr();
   if (weigh && *static_cast<const int32_t*>(weigh->data_ptr()) != 0)
     c.weights = static_cast<float*>(weights.data_ptr());
@@ -67,8 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> anchor_decode(const Tensor& query, const Tens
   Call c{};
   if (fits(given, scale, c)) {
     const int64_t seen = c.keys + new_value.has_value();
-    Tensor kept =
-        torch::stable::new_empty(value, std::vector<int64_t>{c.batch, c.heads, seen}, ScalarType::Float);
+    Tensor kept = empty({c.batch, c.heads, seen}, ScalarType::Float);
     c.kept = static_cast<float*>(kept.data_ptr());
     std::fill_n(c.kept, c.batch * c.heads * seen, NOTHING);
     const auto [out, weights] = answer(c, given);

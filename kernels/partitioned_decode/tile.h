@@ -11,12 +11,15 @@
 namespace {
 
 constexpr int64_t TILE = 64;
-// Keys and values to ask for in advance. A core fetches ahead by itself, but waits where a tile's keys end and its values
-// begin.
-constexpr int64_t AHEAD = 32;
 // Elements of a line of the processor's cache.
 template <typename T>
 constexpr int64_t LINE = 64 / sizeof(T);
+
+// Has a row's memory fetched meanwhile.
+template <typename T>
+inline void ask_for(const T* row, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += LINE<T>) __builtin_prefetch(row + i, 0, 2);
+}
 
 inline Quad sums(Floats a, Floats b, Floats c, Floats d) {
   const Quad qa = folded(a), qb = folded(b), qc = folded(c), qd = folded(d);
@@ -35,9 +38,10 @@ constexpr int SUMS = 12;
 #endif
 
 // Products of HEADS queries with `count` keys, a row of TILE for each query. Four keys at a time keep enough sums under
-// way. DIM 0: any number. `ahead`: elements from a key to the one to ask for meanwhile.
+// way. DIM 0: any number. `later`: the keys to ask for meanwhile.
 template <int64_t DIM, int HEADS, typename T>
-inline void products(const float* q, const T* const* keys, int64_t ahead, int64_t count, int64_t dim, float* out) {
+inline void products(const float* q, const T* const* keys, const T* const* later, int64_t count, int64_t dim,
+                     float* out) {
   const int64_t n = DIM ? DIM : dim, whole = n / WIDTH * WIDTH;
   int64_t t = 0;
   for (; t + 4 <= count; t += 4) {
@@ -48,7 +52,7 @@ inline void products(const float* q, const T* const* keys, int64_t ahead, int64_
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         row[j] = load(k[j] + i);
-        if (i % LINE<T> == 0) __builtin_prefetch(k[j] + i + ahead, 0, 2);
+        if (i % LINE<T> == 0) __builtin_prefetch(later[t + j] + i, 0, 2);
       }
 #pragma GCC unroll 4
       for (int h = 0; h < HEADS; ++h) {
@@ -76,8 +80,8 @@ inline void products(const float* q, const T* const* keys, int64_t ahead, int64_
 // `CHUNKS` vectors of out = out * factor + sum over keys of weight * row for HEADS query heads, held in registers
 // meanwhile.
 template <int HEADS, int CHUNKS, typename T>
-inline void accumulate_chunks(float* out, const float* factor, const float* weights, const T* const* rows, int64_t ahead,
-                              int64_t count, int64_t dim, int64_t at) {
+inline void accumulate_chunks(float* out, const float* factor, const float* weights, const T* const* rows,
+                              const T* const* later, int64_t count, int64_t dim, int64_t at) {
   Floats kept[HEADS][CHUNKS];
   for (int h = 0; h < HEADS; ++h)
 #pragma GCC unroll 8
@@ -90,7 +94,7 @@ inline void accumulate_chunks(float* out, const float* factor, const float* weig
 #pragma GCC unroll 8
     for (int i = 0; i < CHUNKS; ++i) {
       const Floats x = load(row + i * WIDTH);
-      if (i * WIDTH % LINE<T> == 0) __builtin_prefetch(row + i * WIDTH + ahead, 0, 2);
+      if (i * WIDTH % LINE<T> == 0) __builtin_prefetch(later[t] + at + i * WIDTH, 0, 2);
 #pragma GCC unroll 4
       for (int h = 0; h < HEADS; ++h) kept[h][i] += w[h] * x;
     }
@@ -101,14 +105,14 @@ inline void accumulate_chunks(float* out, const float* factor, const float* weig
 }
 
 template <int HEADS, typename T>
-inline void accumulate(float* out, const float* factor, const float* weights, const T* const* rows, int64_t ahead,
-                       int64_t count, int64_t dim) {
+inline void accumulate(float* out, const float* factor, const float* weights, const T* const* rows,
+                       const T* const* later, int64_t count, int64_t dim) {
   constexpr int MANY = SUMS >= 8 * HEADS ? 8 : SUMS >= 4 * HEADS ? 4 : 2;
   int64_t at = 0;
   for (; at + MANY * WIDTH <= dim; at += MANY * WIDTH)
-    accumulate_chunks<HEADS, MANY>(out, factor, weights, rows, ahead, count, dim, at);
+    accumulate_chunks<HEADS, MANY>(out, factor, weights, rows, later, count, dim, at);
   for (; at + WIDTH <= dim; at += WIDTH)
-    accumulate_chunks<HEADS, 1>(out, factor, weights, rows, ahead, count, dim, at);
+    accumulate_chunks<HEADS, 1>(out, factor, weights, rows, later, count, dim, at);
   for (; at < dim; ++at)
     for (int h = 0; h < HEADS; ++h) {
       float kept = out[h * dim + at] * factor[h];
