@@ -288,6 +288,16 @@ def test_few_heads_and_many_threads(threads: int, per_head: bool, monkeypatch: p
     check(case, [[(3, 30)]])
 
 
+@pytest.mark.parametrize("threads", [2, 3, 5, 64])
+@pytest.mark.parametrize("rows", [[DENSE], [DENSE, [], [(5, 90), (200, 300)]]], ids=["one row", "ragged"])
+def test_keys_that_threads_share_unevenly(threads: int, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread walks through its share as one stream of tiles, over heads, batch rows and splits."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    case = Case(6, 3, keys=700, batch=len(rows), head_dim=64, value_dim=64)
+    check(case, rows)
+    check(case, rows, case.visible((len(rows), 6, 1, case.keys)))
+
+
 # ---- what is not read ------------------------------------------------------------------------------------------------
 
 

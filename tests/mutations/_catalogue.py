@@ -563,6 +563,15 @@ MUTATIONS: list[Mutation] = [
         ("read a bias of another dtype", "bias->scalar_type() != dtype || ", "", NARROW_LINEAR),
     ),
     *_in(
+        "kernels/operator.h",
+        (
+            "lay a result out from behind",
+            "d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)",
+            "d = 0; d < shape.size(); stride *= std::max<int64_t>(shape[d++], 1)",
+            OPERATORS,
+        ),
+    ),
+    *_in(
         "kernels/partitioned_decode/call.h",
         ("store a key where no room is", " || !has_spare_row(key, element)) return", ") return", OPERATORS),
         ("store a value where no room is", " || !has_spare_row(value, element)) return", ") return", OPERATORS),
@@ -667,7 +676,7 @@ MUTATIONS: list[Mutation] = [
         ("forget what a plan refused", "if site.status is Status.FOUND:", "if True:", f"{ONCE} -k refuses"),
     ),
     *_in(
-        "kernels/partitioned_decode/native.cpp",
+        "kernels/partitioned_decode/reading.h",
         (
             "hide from all heads what the first does not see",
             "h < (c.mask_head == 0 ? 1 : c.heads)",
@@ -680,6 +689,16 @@ MUTATIONS: list[Mutation] = [
             "range.start + range.length - 2)) --range.length;",
             DECODE,
         ),
+        ("cut off eight keys of which some are seen", "if (eight != 0) break;", "if ((eight & 1) != 0) break;", DECODE),
+        (
+            "ask no mask about a range with holes",
+            "return bytes && std::memchr(bytes, 0, range.length) == nullptr;",
+            "return bytes != nullptr;",
+            DECODE,
+        ),
+    ),
+    *_in(
+        "kernels/partitioned_decode/walk.h",
         (
             "look for keys where they would be in a whole cache",
             "(position - range.missing)",
@@ -688,10 +707,21 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "inherit logits of other keys where a tile is whole",
-            "taken + g * c.keys + position, TILE",
-            "taken + g * c.keys + at, TILE",
+            "taken_ + g * c_.keys + position, TILE",
+            "taken_ + g * c_.keys + at_, TILE",
             "tests/kernels/test_inherited_decode.py -k native",
         ),
+        (
+            "end where a tile shows no key",
+            "at_ < now_.end && tile.count == 0",
+            "at_ < now_.end && at_ == now_.first",
+            DECODE,
+        ),
+        ("read every row of a batch as the first", "row = now_.batch_row, head", "row = 0, head", DECODE),
+        ("ask the mask of another head", "now_.kv_head * group * c_.mask_head", "0 * group * c_.mask_head", DECODE),
+    ),
+    *_in(
+        "kernels/partitioned_decode/native.cpp",
         ("weigh whole vectors alone", "for (; j < range.length; ++j) weight[j]", "for (; false;) weight[j]", DECODE),
         ("forget what earlier tiles gave", "part.total[g] * factor + sum(total)", "sum(total)", TILES),
         (
@@ -700,12 +730,12 @@ MUTATIONS: list[Mutation] = [
             "c.kv_heads, c.keys, c.head_dim",
             "tests/kernels/test_inherited_decode.py -k 'native and behind_the_keys'",
         ),
-        ("cut off eight keys of which some are seen", "if (eight != 0) break;", "if ((eight & 1) != 0) break;", DECODE),
+        ("answer the next task with the last one's query", "if (now->task != task) {", "if (task < 0) {", DECODE),
         (
-            "ask no mask about a range with holes",
-            "return bytes && std::memchr(bytes, 0, range.length) == nullptr;",
-            "return bytes != nullptr;",
-            DECODE,
+            "leave tasks out between threads",
+            "last = count * (thread + 1) / threads",
+            "last = count / threads * (thread + 1)",
+            "tests/kernels/test_partitioned_decode.py -k 'native and unevenly'",
         ),
     ),
     *_in(
