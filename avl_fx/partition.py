@@ -41,6 +41,9 @@ log = logging.getLogger("avl_fx")
 MOST_RANGES = MAX_SEGMENTS - 1
 """Ranges of a batch row after a prompt. One is left for the hole that packing leaves behind a shorter batch row."""
 
+MOST_ENTRIES = 2**16
+"""Of rows that change places on a CPU, in all layers that are served at once."""
+
 _ATTRIBUTE = "_avl_partition"
 _END = 2**40
 """A segment of this length reaches the end of the cache, however long it grows."""
@@ -59,10 +62,10 @@ def everything(like: Tensor, weigh: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def one_by_one(device: torch.device) -> bool:
-    """Whether layers choose and move their rows one after the other: on a CPU.
+    """Whether layers put their rows in order one after the other behind a prompt: on a CPU.
 
-    There a call costs little, and only the rows that change places are named. Elsewhere all layers are served at once,
-    and nothing asks the device how many these are.
+    There a call costs little, and only the rows that change places in a refresh are named. Elsewhere all layers are
+    served at once, and nothing asks the device how many these are.
     """
     return device.type == "cpu"
 
@@ -270,18 +273,28 @@ class Partition:
         if self.most_entering == 0:
             return
         if all(one_by_one(rows.device) for rows in weights.values()):
-            for layer, rows in weights.items():
-                order = self._native_order(layer, rows)
-                if order is None:
-                    yield from self._next_moves({layer: rows})
-                elif order[0].shape[2]:
-                    yield Moves.of(layer, order)
+            for layers in self._at_once(weights):
+                yield from self._native_moves({layer: weights[layer] for layer in layers})
         else:
             yield from self._next_moves(weights)
 
-    def _native_order(self, layer: int, weights: Tensor) -> tuple[Tensor, Tensor] | None:
-        room = 2 * self.most_entering
-        return reselect_native(weights, self.slots, self.tokens[layer], self.core, self.secondary, room)
+    def _at_once(self, weights: Mapping[int, Tensor]) -> Iterator[list[int]]:
+        """Layers alike, so many that what is said of their rows stays in a processor's cache."""
+        alike: dict[Any, list[int]] = {}
+        for layer, rows in weights.items():
+            alike.setdefault((rows.shape, self.tokens[layer].shape), []).append(layer)
+        for layers in alike.values():
+            batch, groups, _ = self.tokens[layers[0]].shape
+            most = max(1, MOST_ENTRIES // (batch * groups * 2 * self.most_entering))
+            yield from (layers[first : first + most] for first in range(0, len(layers), most))
+
+    def _native_moves(self, weights: Mapping[int, Tensor]) -> Iterator[Moves]:
+        tokens, room = [self.tokens[layer] for layer in weights], 2 * self.most_entering
+        order = reselect_native([*weights.values()], self.slots, tokens, self.core, self.secondary, room)
+        if order is None:
+            yield from self._next_moves(weights)
+        elif order[0].shape[3]:
+            yield Moves(tuple(weights), *order)
 
     def _next_moves(self, weights: Mapping[int, Tensor]) -> Iterator[Moves]:
         for layers, rows in self._stacked(weights):

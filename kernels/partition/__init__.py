@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from avl_fx.kernels.partition.cpu import partition_cpu
+from avl_fx.kernels.partition.cpu import partition_cpu, partition_layers_cpu
 from avl_fx.kernels.partition.layers import partition_layers_
 from avl_fx.kernels.partition.reference import partition_reference
 from avl_fx.kernels.partition.schema import partition_
@@ -33,5 +33,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
 }
 """Device type -> implementation (ROCm devices are of type "cuda" as well). Triton is imported at the first call."""
 
-TOGETHER: dict[str, Callable[..., None]] = {"cuda": _cuda_layers}
+TOGETHER: dict[str, Callable[..., None]] = {"cpu": partition_layers_cpu, "cuda": _cuda_layers}
 """Device type -> what moves the rows of layers that are laid out alike; elsewhere one layer moves after the other."""

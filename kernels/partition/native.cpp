@@ -56,24 +56,27 @@ void ask_for(const char* row, int64_t bytes) {
 
 }  // namespace
 
-// new[slot[i]] = old[source[i]] for every i, in each of `batch` x `heads` matrices of rows. Everything is in bytes, but
-// `source` and `slots`, int64 [batch, groups, moves] with strides in elements (0 where all heads are alike). Returns how
-// many of the matrices were asked for a row that they do not have: these are left as they are.
-extern "C" int64_t avl_partition(char* cache, const int64_t* source, const int64_t* slots, const int64_t* sizes) {
-  const int64_t batch = sizes[0], heads = sizes[1], moves = sizes[2], bytes = sizes[3], threads = sizes[4];
-  const int64_t cache_batch = sizes[5], cache_head = sizes[6], cache_row = sizes[7];
-  const int64_t source_batch = sizes[8], source_head = sizes[9], source_move = sizes[10];
-  const int64_t slots_batch = sizes[11], slots_head = sizes[12], slots_move = sizes[13], keys = sizes[14];
+// new[slot[i]] = old[source[i]] for every i, in each of `batch` x `heads` matrices of rows of each of `caches`, which are
+// laid out alike. Everything is in bytes, but `source` and `slots`, int64 [orders, batch, groups, moves] with strides in
+// elements (0 where all heads are alike); `orders` says which of these is a cache's. Returns how many of the matrices
+// were asked for a row that they do not have: these are left as they are.
+extern "C" int64_t avl_partition(char* const* caches, const int64_t* orders, const int64_t* source, const int64_t* slots,
+                                 const int64_t* sizes) {
+  const int64_t count = sizes[0], batch = sizes[1], heads = sizes[2], moves = sizes[3], bytes = sizes[4];
+  const int64_t threads = sizes[5], cache_batch = sizes[6], cache_head = sizes[7], cache_row = sizes[8];
+  const int64_t source_order = sizes[9], source_batch = sizes[10], source_head = sizes[11], source_move = sizes[12];
+  const int64_t slots_order = sizes[13], slots_batch = sizes[14], slots_head = sizes[15], slots_move = sizes[16];
+  const int64_t keys = sizes[17];
   int64_t outside = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : outside)
   {
     std::vector<char> rows;
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < batch * heads; ++task) {
-      const int64_t b = task / heads, h = task % heads;
-      char* base = cache + b * cache_batch + h * cache_head;
-      const Moves own = {source + b * source_batch + h * source_head, slots + b * slots_batch + h * slots_head, moves,
-                         source_move, slots_move};
+    for (int64_t task = 0; task < count * batch * heads; ++task) {
+      const int64_t n = task / (batch * heads), b = task / heads % batch, h = task % heads, order = orders[n];
+      char* base = caches[n] + b * cache_batch + h * cache_head;
+      const Moves own = {source + order * source_order + b * source_batch + h * source_head,
+                         slots + order * slots_order + b * slots_batch + h * slots_head, moves, source_move, slots_move};
       if (!are_within(own, keys)) {
         ++outside;
         continue;
@@ -97,22 +100,24 @@ extern "C" int64_t avl_partition(char* cache, const int64_t* source, const int64
   return outside;
 }
 
-// Picks core anew among secondary: `Partition.next_order`. Fills `source` and `target` [batch, groups, room] with swaps
-// (all that enter, then all that leave; -1 in `target` behind them), updates `tokens` [batch, groups, visual], and
-// returns how many entries the fullest row has.
-extern "C" int64_t avl_reselect(const float* weights, const int64_t* slots, int64_t* tokens, const int64_t* core,
-                                const int64_t* secondary, int64_t* source, int64_t* target, const int64_t* sizes) {
-  const int64_t batch = sizes[0], heads = sizes[1], groups = sizes[2], keys = sizes[3], visual = sizes[4],
-                room = sizes[5], threads = sizes[6];
+// Picks core anew among secondary, in several layers: `Partition.next_moves`. `weights` are [batch, heads, keys] of each
+// layer and `tokens` [batch, groups, visual], which it updates. Fills `source` and `target` [layers, batch, groups, room]
+// with swaps (-1 in `target` behind them), and returns how many entries the fullest row has.
+extern "C" int64_t avl_reselect(const float* const* weights, const int64_t* slots, int64_t* const* tokens,
+                                const int64_t* core, const int64_t* secondary, int64_t* source, int64_t* target,
+                                const int64_t* sizes) {
+  const int64_t layers = sizes[0], batch = sizes[1], heads = sizes[2], groups = sizes[3], keys = sizes[4],
+                visual = sizes[5], room = sizes[6], threads = sizes[7];
   int64_t most = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(max : most)
-  for (int64_t task = 0; task < batch * groups; ++task) {
-    const int64_t b = task / groups, g = task % groups, kept = core[b], width = secondary[b];
-    const int64_t* slot = slots + b * visual;
-    int64_t* token = tokens + task * visual;
+  for (int64_t task = 0; task < layers * batch * groups; ++task) {
+    const int64_t layer = task / (batch * groups), b = task / groups % batch, g = task % groups;
+    const int64_t kept = core[b], width = secondary[b], *slot = slots + b * visual;
+    int64_t* token = tokens[layer] + (b * groups + g) * visual;
+    const float* own = weights[layer] + b * heads * keys;
     std::vector<float> score(width, 0.0f);
     for (int64_t h = groups == 1 ? 0 : g; h < (groups == 1 ? heads : g + 1); ++h)
-      for (int64_t j = 0; j < width; ++j) score[j] += weights[(b * heads + h) * keys + slot[j]];
+      for (int64_t j = 0; j < width; ++j) score[j] += own[h * keys + slot[j]];
     std::vector<int64_t> order(width);
     for (int64_t j = 0; j < width; ++j) {
       order[j] = j;

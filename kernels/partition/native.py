@@ -14,15 +14,13 @@ from avl_fx.kernels.native import bind, check_dtype
 
 __all__ = ["forget_native", "partition_native", "reselect_native"]
 
-_MoveSizes, _SelectSizes, _ForgetSizes = ctypes.c_int64 * 15, ctypes.c_int64 * 7, ctypes.c_int64 * 7
-
-
+_MoveSizes, _SelectSizes, _ForgetSizes = ctypes.c_int64 * 18, ctypes.c_int64 * 8, ctypes.c_int64 * 7
 _pointer = ctypes.c_void_p
 
 
 @cache
 def _move() -> Callable[..., int] | None:
-    arguments = [*[_pointer] * 3, _MoveSizes]
+    arguments = [*[_pointer] * 4, _MoveSizes]
     return bind(Path(__file__).with_name("native.cpp"), "avl_partition", arguments, ctypes.c_int64)
 
 
@@ -38,55 +36,79 @@ def _forget() -> Callable[..., int] | None:
     return bind(Path(__file__).with_name("text_window.cpp"), "avl_forget", arguments, ctypes.c_int64)
 
 
-def partition_native(key: Tensor | None, value: Tensor | None, source: Tensor, slots: Tensor) -> bool:
-    """`avl::partition_`; see the schema for shapes. False: there is no compiler, and nothing was done."""
+def partition_native(caches: Sequence[Tensor], orders: Sequence[int], source: Tensor, slots: Tensor) -> bool:
+    """`avl::partition_` of caches that are laid out alike.
+
+    Args:
+        caches: ``[batch, kv_heads, keys, dim]`` each.
+        orders: which of the orders is a cache's.
+        source: int64 ``[orders, batch, G, M]``.
+        slots: int64 ``[orders, batch, G, M]``.
+
+    Returns:
+        Whether there is a compiler; otherwise nothing was done.
+
+    Raises:
+        IndexError: rows that are not there. The others have moved.
+    """
     function = _move()
     if function is None:
         return False
-    for tensor in (key, value):
-        if tensor is None or tensor.numel() == 0:
-            continue
-        batch, heads, keys, dim = tensor.shape
-        size, strides = tensor.element_size(), tensor.stride()
-        from_, to = source.expand(-1, heads, -1).stride(), slots.expand(-1, heads, -1).stride()
-        sizes = _MoveSizes(
-            *(batch, heads, source.shape[2], dim * size, torch.get_num_threads()),
-            *(stride * size for stride in strides[:3]),
-            *from_,
-            *to,
-            keys,
-        )
-        if function(tensor.data_ptr(), source.data_ptr(), slots.data_ptr(), sizes):
-            raise IndexError(f"source, slots: a row beyond the {keys} of a cache.")  # as ATen raises it
+    if not caches or caches[0].numel() == 0:
+        return True
+    batch, heads, keys, dim = caches[0].shape
+    size, strides = caches[0].element_size(), caches[0].stride()
+    sizes = _MoveSizes(
+        *(len(caches), batch, heads, source.shape[3], dim * size, torch.get_num_threads()),
+        *(stride * size for stride in strides[:3]),
+        *source.expand(-1, -1, heads, -1).stride(),
+        *slots.expand(-1, -1, heads, -1).stride(),
+        keys,
+    )
+    numbers = (ctypes.c_int64 * len(orders))(*orders)
+    if function(_addresses(caches), numbers, source.data_ptr(), slots.data_ptr(), sizes):
+        raise IndexError(f"source, slots: a row beyond the {keys} of a cache.")  # as ATen raises it
     return True
 
 
+def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (_pointer * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
 def reselect_native(
-    weights: Tensor, slots: Tensor, tokens: Tensor, core: Tensor, secondary: Tensor, room: int
+    weights: Sequence[Tensor], slots: Tensor, tokens: Sequence[Tensor], core: Tensor, secondary: Tensor, room: int
 ) -> tuple[Tensor, Tensor] | None:
     """Pick core anew among secondary: the rows that change places, and ``tokens`` brought up to date.
 
     Args:
-        weights: float32 ``[batch, kv_heads, keys]``.
+        weights: of each layer, float32 ``[batch, kv_heads, keys]``.
         slots: int64 ``[batch, visual]``.
-        tokens: int64 ``[batch, groups, visual]``, contiguous; groups is 1 (scores are shared) or ``kv_heads``.
+        tokens: of each layer, int64 ``[batch, groups, visual]``, contiguous; groups is 1 (scores are shared) or
+            ``kv_heads``.
         core: int64 ``[batch]``
         secondary: int64 ``[batch]``
         room: most entries of a row: twice the largest number of rows that may enter core.
 
     Returns:
-        ``(source, slots)`` int64 ``[batch, groups, moves]`` as `avl::partition_` takes them; ``None``: no compiler.
+        ``(source, slots)`` int64 ``[layers, batch, groups, moves]`` as `partition_native` takes them; ``None``: no
+        compiler.
     """
     function = _reselect()
     if function is None:
         return None
-    check_dtype(torch.float32, weights=weights)
-    check_dtype(torch.int64, slots=slots, tokens=tokens, core=core, secondary=secondary)
-    batch, groups, visual = tokens.shape
-    source, target = (torch.empty(batch, groups, room, dtype=torch.int64, device="cpu") for _ in range(2))
-    tensors = (weights.contiguous(), slots.contiguous(), tokens, core, secondary, source, target)
-    sizes = _SelectSizes(batch, weights.shape[1], groups, weights.shape[2], visual, room, torch.get_num_threads())
-    moves = function(*(tensor.data_ptr() for tensor in tensors), sizes)
+    for rows, its_tokens in zip(weights, tokens, strict=True):
+        check_dtype(torch.float32, weights=rows)
+        check_dtype(torch.int64, tokens=its_tokens)
+    check_dtype(torch.int64, slots=slots, core=core, secondary=secondary)
+    layers, (batch, groups, visual) = len(tokens), tokens[0].shape
+    source, target = (torch.empty(layers, batch, groups, room, dtype=torch.int64, device="cpu") for _ in range(2))
+    rows_of, slots = [rows.contiguous() for rows in weights], slots.contiguous()
+    heads, keys = weights[0].shape[1:]
+    sizes = _SelectSizes(layers, batch, heads, groups, keys, visual, room, torch.get_num_threads())
+    moves = function(
+        *(_addresses(rows_of), slots.data_ptr(), _addresses(tokens), core.data_ptr(), secondary.data_ptr()),
+        *(source.data_ptr(), target.data_ptr(), sizes),
+    )
     return source[..., :moves], target[..., :moves]
 
 

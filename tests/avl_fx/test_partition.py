@@ -24,7 +24,7 @@ def selection(request):
             patch.setattr(avl_fx.partition, "reselect_native", lambda *args: None)
         if request.param == "together":
             patch.setattr(avl_fx.partition, "one_by_one", lambda device: False)
-        yield
+        yield request.param
 
 
 def read_positions(segments, keys):
@@ -177,6 +177,30 @@ def test_layers_with_other_heads_are_served_apart(monkeypatch):
     scores = {layer: torch.rand(1, heads, 8) for layer, heads in enumerate((2, 4, 2))}
     assert [moves.layers for moves in partition.first_moves(scores)] == [(0, 2), (1,)]
     assert [moves.layers for moves in partition.next_moves(scores)] == [(0, 2), (1,)]
+
+
+@pytest.mark.parametrize("groups", [1, KV_HEADS])
+def test_a_refresh_serves_layers_at_once_up_to_a_bound(monkeypatch, selection, groups):
+    policy = VisionPolicy(core=0.25, secondary=0.5, scores="shared" if groups == 1 else "per_kv_head")
+    # Two of eight rows may enter core: four entries a layer and group. The last layer has other heads.
+    heads = (KV_HEADS, KV_HEADS, KV_HEADS, 2 * KV_HEADS)
+    first, then = ({n: torch.rand(1, count, 8) for n, count in enumerate(heads)} for _ in range(2))
+    alone = []
+    for layer in range(len(heads)):
+        partition = Partition.start(policy, torch.ones(1, 8, dtype=torch.bool))
+        list(partition.first_moves({layer: first[layer]}))
+        list(partition.next_moves({layer: then[layer]}))
+        alone.append(partition.tokens[layer])
+    monkeypatch.setattr(avl_fx.partition, "MOST_ENTRIES", 2 * groups * 4 + 1)
+    partition = Partition.start(policy, torch.ones(1, 8, dtype=torch.bool))
+    list(partition.first_moves(first))
+    before = {layer: tokens.clone() for layer, tokens in partition.tokens.items()}
+    served = [moves.layers for moves in partition.next_moves(then)]
+    assert all(torch.equal(partition.tokens[layer], tokens) for layer, tokens in enumerate(alone))
+    if selection == "native":
+        changed = {n for n, tokens in before.items() if not torch.equal(tokens, partition.tokens[n])}
+        assert changed <= {layer for layers in served for layer in layers}
+        assert all(layers in ((0, 1), (2,), (3,)) for layers in served)
 
 
 def test_nothing_is_asked_where_no_row_can_enter_core(monkeypatch):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from avl_fx.kernels.partition import IMPLEMENTATIONS, TOGETHER, partition_layers_, partition_reference
+from avl_fx.kernels.partition import IMPLEMENTATIONS, TOGETHER, cpu, partition_layers_, partition_reference
 from avl_fx.kernels.partition.cpu import partition_aten
 from avl_fx.kernels.partition.layers import Layer
 
@@ -103,7 +103,10 @@ def check_layers(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("left_out", [None, 0, 1])
-def test_several_layers(layout: str, left_out: int | None) -> None:
+@pytest.mark.parametrize("compiler", [True, False])
+def test_several_layers(layout: str, left_out: int | None, compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiler:
+        monkeypatch.setattr(cpu, "partition_native", lambda *args: False)
     check_layers(layout, torch.float32, partition_layers_, left_out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,19 +120,17 @@ def test_the_cpu_kernel_chooses_alike(seed: int, name: str, visual: int) -> None
     scores, slots, tokens, core, secondary, width, most = operands(CASES[name], visual, seed)
     if most == 0:
         return
-    alone = tokens.clone()
+    own = [its_tokens.clone() for its_tokens in tokens]
     source, target = reselect(scores, slots, tokens, core, secondary, width, most)
-    for layer, its_tokens in enumerate(alone):
-        moved = reselect_native(scores[layer], slots, its_tokens, core, secondary, 2 * most)
-        assert moved is not None
-        assert torch.equal(its_tokens, tokens[layer])
-        rows = its_tokens.shape[:2]
-        for row, group in torch.cartesian_prod(*map(torch.arange, rows)).tolist():
-            mine, theirs = (
-                {(to, of) for to, of in zip(t[row, group].tolist(), s[row, group].tolist(), strict=True) if to >= 0}
-                for s, t in ((source[layer], target[layer]), moved)
-            )
-            assert mine == theirs
+    moved = reselect_native([*scores], slots, own, core, secondary, 2 * most)
+    assert moved is not None
+    assert torch.equal(torch.stack(own), tokens)
+    for at in itertools.product(*map(range, tokens.shape[:3])):
+        mine, theirs = (
+            {(to, of) for to, of in zip(t[at].tolist(), s[at].tolist(), strict=True) if to >= 0}
+            for s, t in ((source, target), moved)
+        )
+        assert mine == theirs
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -958,6 +958,12 @@ MUTATIONS: list[Mutation] = [
     *_in(
         "avl_fx/partition.py",
         (
+            "leave out the layers beyond a bound",
+            "for first in range(0, len(layers), most)",
+            "for first in [0]",
+            "tests/avl_fx/test_partition.py -k bound",
+        ),
+        (
             "number what a compact cache stores by what it stored once",
             "return (present.cumsum(-1) - 1).gather(-1, left).where(there, own)",
             "return left.contiguous()",
@@ -1026,6 +1032,13 @@ MUTATIONS: list[Mutation] = [
         "kernels/partition/native.cpp",
         ("move rows that are not there", "if (!are_within(own, keys)) {", "if (false) {", f"{MOVES} -k not_there"),
         ("let all moves be swaps", "if (are_swaps(own)) {", "if (true) {", f"{MOVES} -k almost_in_twos"),
+        ("move all layers as the first", "h = task % heads, order = orders[n];", "h = task % heads, order = 0;", f"{MOVES} -k several"),
+        (
+            "pick core by what the first layer read",
+            "own = weights[layer] + b",
+            "own = weights[0] + b",
+            "tests/kernels/test_reselect.py -k cpu_kernel",
+        ),
         ("leave the end of a row", "  std::swap_ranges(x + at, x + bytes, y + at);\n", "", f"{MOVES} -k change_places"),
         (
             "take the order of two rows for granted",
