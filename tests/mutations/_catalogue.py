@@ -1032,7 +1032,7 @@ MUTATIONS: list[Mutation] = [
         "kernels/partition/native.cpp",
         ("move rows that are not there", "if (!are_within(own, keys)) {", "if (false) {", f"{MOVES} -k not_there"),
         ("let all moves be swaps", "if (are_swaps(own)) {", "if (true) {", f"{MOVES} -k almost_in_twos"),
-        ("move all layers as the first", "h = task % heads, order = orders[n];", "h = task % heads, order = 0;", f"{MOVES} -k several"),
+        ("move all layers as the first", "heads, order = orders[n];", "heads, order = 0;", f"{MOVES} -k several"),
         (
             "pick core by what the first layer read",
             "own = weights[layer] + b",
