@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["bind", "cache_folder", "check_dtype", "compiler", "has_units", "load"]
+__all__ = ["bind", "cache_folder", "check_dtype", "compiler", "dispatches", "has_units", "load"]
 
 log = logging.getLogger("avl_fx")
 
@@ -123,6 +123,12 @@ def load(source: Path) -> ctypes.CDLL | None:
             DISABLED,
         )
         return None
+
+
+def dispatches(source: Path) -> bool:
+    """Whether calls of the kernel in ``source`` reach it without passing through Python."""
+    library = load(source)
+    return library is not None and "_operator_" in Path(library._name).name
 
 
 def _built(source: Path, flags: Sequence[str] = (), linked_with: Sequence[str] = ()) -> Path:

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import fx
 
-from avl_fx.kernels.partitioned_decode.native import is_available
+from avl_fx.kernels.partitioned_decode.native import is_available, is_dispatched
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.nodes import fake, hint
 from avl_fx.passes.read_ranges import decodes, read_everything
@@ -29,8 +29,10 @@ from avl_fx.passes.site import PassResult, Site, Status
 __all__ = ["MIN_PRODUCTS", "read_once"]
 
 MIN_PRODUCTS = {torch.float32: 3 << 18, torch.float16: 1 << 17, torch.bfloat16: 1 << 17}
-"""From how many products of query and key elements a thread (12 heads of 64 dimensions: 1,024 keys in float32) the call
-is worth its overhead, whatever the group, the head dim and the mask."""
+"""From how many products of query and key elements a thread (12 heads of 64 dimensions: 1,024 keys in float32) a call
+through Python is worth its overhead, whatever the group, the head dim and the mask."""
+MIN_PRODUCTS_DISPATCHED = 1 << 15
+"""The same for a call that does not pass through Python."""
 
 
 def read_once(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
@@ -62,4 +64,5 @@ def _pays(site: Site) -> bool:
         return False
     programs = math.prod(heads)  # type: ignore[arg-type]
     threads = max(1, min(torch.get_num_threads(), programs))
-    return programs * math.prod(sizes) >= MIN_PRODUCTS[query.dtype] * threads  # type: ignore[arg-type]
+    least = min(MIN_PRODUCTS[query.dtype], MIN_PRODUCTS_DISPATCHED) if is_dispatched() else MIN_PRODUCTS[query.dtype]
+    return programs * math.prod(sizes) >= least * threads  # type: ignore[arg-type]

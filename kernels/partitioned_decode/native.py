@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avl_fx.kernels.native import bind, check_dtype
+from avl_fx.kernels.native import bind, check_dtype, dispatches
 from avl_fx.kernels.partitioned_decode.capacity import check_spare_row
 
 __all__ = ["is_available", "partitioned_decode_native", "run"]
 
+_SOURCE = Path(__file__).with_name("native.cpp")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MASKS = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4, torch.float64: 5}
 _POINTERS, _SIZES = struct.Struct("14N"), struct.Struct("30q")  # to pack them is much faster than to fill ctypes arrays
@@ -25,12 +26,17 @@ _NO_STRIDES: tuple[int, ...] = (0, 0, 0)
 @cache
 def _function() -> Callable[..., None] | None:
     arguments = [ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_float]
-    return bind(Path(__file__).with_name("native.cpp"), "avl_partitioned_decode", arguments)
+    return bind(_SOURCE, "avl_partitioned_decode", arguments)
 
 
 def is_available() -> bool:
     """Whether the kernel can be built and loaded here."""
     return _function() is not None
+
+
+def is_dispatched() -> bool:
+    """Whether calls reach it without passing through Python."""
+    return dispatches(_SOURCE)
 
 
 def partitioned_decode_native(

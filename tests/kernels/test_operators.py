@@ -30,6 +30,7 @@ DECODES = ("partitioned_decode", "anchor_decode")  # they take the same
 @pytest.fixture(autouse=True, scope="module")
 def registered():
     assert native.is_available()
+    assert native.is_dispatched()
     for name in TABLES:
         assert "operator.cpp" in torch._C._dispatch_dump(f"avl::{name}")
 

@@ -666,7 +666,8 @@ MUTATIONS: list[Mutation] = [
     *_in(
         "passes/read_once.py",
         ("take what has no cache", 'return site.cache != "none" or', "return True or", f"{ONCE} -k left_alone"),
-        ("take short caches", ">= MIN_PRODUCTS[query.dtype] * threads", ">= 0", f"{ONCE} -k short"),
+        ("take short caches", ">= least * threads", ">= 0", f"{ONCE} -k short"),
+        ("take all calls for quick ones", "if is_dispatched() else", "if True else", f"{ONCE} -k sooner"),
         (
             "count threads that have nothing to do",
             "min(torch.get_num_threads(), programs)",

@@ -248,3 +248,13 @@ def test_short_caches(dtype: torch.dtype, threads: int, monkeypatch: pytest.Monk
     for least in (products, products + 1):
         monkeypatch.setattr(stage, "MIN_PRODUCTS", {dtype: least})
         assert taken(run(Step(), arguments(dtype=dtype), dtype=dtype)) == (least == products)
+
+
+@pytest.mark.parametrize("dispatched", [True, False])
+def test_calls_without_python_pay_sooner(dispatched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    products = 2 * HEADS * CAPACITY * DIM
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(stage, "MIN_PRODUCTS", {torch.float32: products + 1})
+    monkeypatch.setattr(stage, "MIN_PRODUCTS_DISPATCHED", products)
+    monkeypatch.setattr(stage, "is_dispatched", lambda: dispatched)
+    assert taken(run(Step(), arguments())) == dispatched
