@@ -34,8 +34,8 @@ inline int64_t kind_of(ScalarType dtype) {
   }
 }
 
-// A contiguous tensor of whatever is in the memory. `torch::stable::new_empty` goes by the dispatcher, which takes as long
-// as a thousand keys.
+// A contiguous tensor of whatever is in the memory. `torch::stable::new_empty` goes by the dispatcher, which costs 2 us
+// more, and 10 in a step, whose weights have pushed its code out of the processor's caches.
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;

@@ -26,7 +26,7 @@ from avl_fx.passes.rewrite import remove_dead
 from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.passes.site import PassResult, Site, Status
 
-__all__ = ["MIN_PRODUCTS", "read_once"]
+__all__ = ["MIN_PRODUCTS", "MIN_PRODUCTS_DISPATCHED", "read_once"]
 
 MIN_PRODUCTS = {torch.float32: 3 << 18, torch.float16: 1 << 17, torch.bfloat16: 1 << 17}
 """From how many products of query and key elements a thread (12 heads of 64 dimensions: 1,024 keys in float32) a call

@@ -50,7 +50,7 @@ def _freeze():
 
 @pytest.fixture
 def short_caches_too(monkeypatch):
-    """`read_once` takes every decode step, also over the short caches of tests, for which ATen is faster."""
+    """`read_once` takes every decode step, also over the short caches of tests, which it leaves to ATen."""
     from avl_fx.passes import read_once
 
     monkeypatch.setattr(read_once, "MIN_PRODUCTS", dict.fromkeys(read_once.MIN_PRODUCTS, 0))

@@ -19,9 +19,9 @@ def partition_layers_cpu(
     orders = [order for _, _, order in layers]
     for caches in zip(*(layer[:2] for layer in layers), strict=True):
         there = [cache for cache in caches if cache is not None]
-        if partition_native(there, orders, source, slots):
+        if not there or partition_native(there, orders, source, slots):
             continue
-        for cache, order in zip(there, orders, strict=False):
+        for cache, order in zip(there, orders, strict=True):
             partition_aten(cache, None, source[order], slots[order])
 
 

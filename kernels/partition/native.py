@@ -54,7 +54,7 @@ def partition_native(caches: Sequence[Tensor], orders: Sequence[int], source: Te
     function = _move()
     if function is None:
         return False
-    if not caches or caches[0].numel() == 0:
+    if caches[0].numel() == 0:
         return True
     batch, heads, keys, dim = caches[0].shape
     size, strides = caches[0].element_size(), caches[0].stride()

@@ -14,7 +14,7 @@ from torch import Tensor
 from avl_fx.kernels.native import bind, check_dtype, dispatches
 from avl_fx.kernels.partitioned_decode.capacity import check_spare_row
 
-__all__ = ["is_available", "partitioned_decode_native", "run"]
+__all__ = ["is_available", "is_dispatched", "partitioned_decode_native", "run"]
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
