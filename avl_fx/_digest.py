@@ -439,7 +439,8 @@ def _kv(run: Run, decoder: Sequence[SiteReport]) -> KVReport | None:
             batch = site.batch if isinstance(site.batch, int) else 1
             keys = site.keys if isinstance(site.keys, int) and site.cache == "static" else length
             itemsize = getattr(torch, site.dtype).itemsize
-            stored = kv_bytes(batch, site.kv_heads, keys, site.head_dim, site.value_dim, itemsize)
+            value_dim = 0 if site.latent else site.value_dim  # latents are values and a part of keys
+            stored = kv_bytes(batch, site.kv_heads, keys, site.head_dim, value_dim, itemsize)
             dense += stored
             plan += stored
             if _has_no_keys(site) and site.cache != "static":

@@ -153,7 +153,7 @@ def step_cost(site: SiteReport, rows: int, inherited: int) -> StepCost:
     """
     itemsize = getattr(torch, site.dtype).itemsize
     keys = key_bytes(1, site.kv_heads, rows - inherited, site.head_dim, itemsize)
-    values = key_bytes(1, site.kv_heads, rows, site.value_dim, itemsize)
+    values = key_bytes(1, site.kv_heads, rows, 0 if site.latent else site.value_dim, itemsize)
     products = attention_flops(1, site.heads, 1, rows - inherited, site.head_dim, 0)
     sums = attention_flops(1, site.heads, 1, rows, 0, site.value_dim)
     return StepCost(keys + values + inherited * site.heads * torch.float32.itemsize, products + sums)

@@ -119,6 +119,10 @@ def _tower_title(tower: TowerReport) -> Padding:
     return Padding(title.append(f": {facts}, {heads}"), (1, 0, 0, 0))
 
 
+def _cache(site: SiteReport) -> str:
+    return f"{site.cache}, latents" if site.latent else site.cache
+
+
 def _tower_table(report: Report, tower: TowerReport) -> Table:
     table = ascii_table("phase", "layers", "queries x keys", "mask", "cache", "kind", "outcome")
     previous = ""
@@ -127,7 +131,7 @@ def _tower_table(report: Report, tower: TowerReport) -> Table:
         shown = ", ".join(shapes[:_SHOWN_SHAPES] + ["..."] * (len(shapes) > _SHOWN_SHAPES))
         site = sites[0]
         table.add_row(
-            "" if phase == previous else phase, layers, shown, site.mask, site.cache, site.kind, _outcome(site)
+            "" if phase == previous else phase, layers, shown, site.mask, _cache(site), site.kind, _outcome(site)
         )
         previous = phase
     return table

@@ -77,6 +77,9 @@ class SiteReport:
     """The layer that a lazy one inherits from."""
     inherits: str = "none"
     """Which logits it takes from its anchor: ``none``, ``all``, or ``visual``, those against visual keys."""
+    latent: bool = False
+    """The cache holds latents, of which keys and values are made. A decode step reads them as they are: keys are
+    latents and rotated keys side by side then, and values the latents themselves."""
 
 
 @dataclass(frozen=True)

@@ -51,14 +51,23 @@ def filled(
     text, length = model.config.get_text_config(), visual + TEXT
     cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=length + steps)
     generator = torch.Generator(model.device).manual_seed(1)
-    shape = (batch, text.num_key_value_heads, length, text.hidden_size // text.num_attention_heads)
     for layer in range(text.num_hidden_layers):
         key_and_value = []
-        for _ in range(2):
+        for heads, dim in _stored(text):
+            shape = (batch, heads, length, dim)
             whole = torch.randn(shape, generator=generator, device=model.device, dtype=drawn or model.dtype)
             key_and_value.append((whole if rows is None else whole[list(rows)]).to(model.dtype))
         cache.update(*key_and_value, layer)
     return cache
+
+
+def _stored(text: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Heads and width of both tensors that a layer's cache holds: keys and values, or latents and rotated keys."""
+    rank = getattr(text, "kv_lora_rank", None)
+    if rank:
+        return (1, rank), (1, text.qk_rope_head_dim)
+    key = (text.num_key_value_heads, text.hidden_size // text.num_attention_heads)
+    return key, key
 
 
 def periods(seconds: Sequence[float]) -> list[float]:
@@ -82,5 +91,5 @@ def read_bytes(model: Any, batch: int, visual: int, share: float) -> float:
     unread = ("vision", "visual", "projector", "embed_tokens")
     weights = sum(p.nbytes for name, p in model.named_parameters() if not any(part in name for part in unread))
     text = model.config.get_text_config()
-    row = 2 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * model.dtype.itemsize
+    row = sum(heads * dim for heads, dim in _stored(text)) * model.dtype.itemsize
     return weights + text.num_hidden_layers * batch * row * (TEXT + share * visual)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    DeepseekV3Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -37,6 +38,7 @@ def llava(
     images: int = 1,
     spread: float = 0.02,
     device: str = "cpu",
+    rank: int = 0,
 ) -> LlavaForConditionalGeneration:
     """A LLaVA with a two-layer vision encoder and a Llama decoder of the given shape.
 
@@ -44,6 +46,8 @@ def llava(
         visual_tokens: of a prompt, in ``images`` square images of equal size.
         intermediate: width of the MLP; 8/3 of ``hidden``, as in Llama, by default.
         spread: standard deviation of the decoder's weights.
+        rank: a decoder of DeepSeek-V3 instead, without experts, whose cache holds this many latents a token and a
+            rotated key of 64; keys and values of a head are 128 wide besides.
 
     Raises:
         ValueError: ``visual_tokens`` are not that many squares.
@@ -51,6 +55,17 @@ def llava(
     side = round((visual_tokens / images) ** 0.5)
     if side * side * images != visual_tokens:
         raise ValueError(f"visual_tokens must be {images} equal squares, got {visual_tokens}")
+    shared: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate or hidden * 8 // 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": visual_tokens + MAX_TEXT,
+        "initializer_range": spread,
+    }
+    latent = {"kv_lora_rank": rank, "q_lora_rank": None, "qk_rope_head_dim": 64, "first_k_dense_replace": layers}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=64,
@@ -60,16 +75,7 @@ def llava(
             image_size=14 * side,
             patch_size=14,
         ),
-        text_config=LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=intermediate or hidden * 8 // 3,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=visual_tokens + MAX_TEXT,
-            initializer_range=spread,
-        ),
+        text_config=DeepseekV3Config(**shared, **latent) if rank else LlamaConfig(**shared),
         image_token_index=IMAGE,
         image_seq_length=side * side,
         tie_word_embeddings=False,

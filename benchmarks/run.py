@@ -10,6 +10,7 @@ from benchmarks import (
     filtered_prompt,
     grouped_attention,
     half_precision,
+    latent_attention,
     lazy_layers,
     partitioned_attention,
     pass_overhead,
@@ -30,6 +31,7 @@ def main() -> None:
     filtered_prompt.main()
     lazy_layers.main()
     half_precision.main()
+    latent_attention.main()
 
 
 if __name__ == "__main__":

@@ -23,14 +23,22 @@ from torch import fx
 
 from avl_fx.passes.context import GrowingTensor, PassContext
 from avl_fx.passes.nodes import METADATA_OPS, alias_root, aliases, fake, hint, op, same_size, shape
-from avl_fx.passes.read_ranges import attending, decodes, read_ranges, take_ranges, takes
+from avl_fx.passes.read_ranges import (
+    attending,
+    decoded_latents,
+    decodes,
+    read_everything,
+    read_ranges,
+    take_ranges,
+    takes,
+)
 from avl_fx.passes.rewrite import insert_call, remove_dead
 from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.passes.site import PassResult, Site, Status
 
 __all__ = ["append_in_place"]
 
-_DECODE = torch.ops.avl.partitioned_decode.default
+_DECODES = (torch.ops.avl.partitioned_decode.default, torch.ops.avl.latent_decode.default)
 
 
 def append_in_place(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
@@ -49,7 +57,7 @@ def append_in_place(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     placeholders = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     while sites:
         # What a site reads may only grow in place if everything that reads it can do without the copy.
-        readers = {attending(s) for s in sites}
+        readers = {n for s in sites for n in _readers(s)}
         grows = [s for s in sites if all(_grows(n, placeholders, returned, readers) for n in _keys_and_values(s))]
         if len(grows) == len(sites):
             break
@@ -64,9 +72,12 @@ def append_in_place(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     ctx.growing = [_tensor(root, placeholders, returned) for root in roots]
     for site in sites:
         key, value = map(alias_root, _keys_and_values(site))
-        if attending(site).target is not _DECODE:
-            result.new_inputs += take_ranges(gm, ctx, site)
-            read_ranges(site, ctx)
+        if attending(site).target not in _DECODES:
+            if ctx.ranges is not None and site.status is Status.REFUSED:
+                read_everything(site)  # the ranges are those of layers that are partitioned
+            else:
+                result.new_inputs += take_ranges(gm, ctx, site)
+                read_ranges(site, ctx)
         _store_rows(site, key, value)
         if site.status is Status.FOUND:  # what the plan refused stays refused, whatever its rows do
             site.status = Status.REWRITTEN
@@ -99,7 +110,14 @@ class _Returned:
 
 
 def _keys_and_values(site: Site) -> list[fx.Node]:
-    return list(attending(site).args[1:3])  # type: ignore[arg-type]
+    return list(decoded_latents(site) or attending(site).args[1:3])  # type: ignore[arg-type]
+
+
+def _readers(site: Site) -> list[fx.Node]:
+    """What may read keys and values: attention, and what puts latents and rotated keys together for it alone."""
+    reader = attending(site)
+    key = reader.args[1]
+    return [reader] if decoded_latents(site) is None or len(key.users) > 1 else [reader, key]  # type: ignore[union-attr, list-item]
 
 
 def _serves(site: Site) -> bool:
@@ -111,7 +129,7 @@ def _serves(site: Site) -> bool:
         # What a GPU's fused kernels take for a short cache has not been measured against it.
         return site.device == "cpu" and decodes(site)
     # A prompt's is a start; a refused one is as the model wrote it.
-    return node.target in (torch.ops.avl.attention.default, _DECODE) and takes(fake(node.args[0]))
+    return node.target in (torch.ops.avl.attention.default, *_DECODES) and takes(fake(node.args[0]))
 
 
 def _started(node: fx.Node, returned: _Returned) -> list[int]:
@@ -170,6 +188,6 @@ def _store_rows(site: Site, key: fx.Node, value: fx.Node) -> None:
     old = attending(site)
     query, _, _, _, _, *rest = old.args
     (past_key, new_key), (past_value, new_value) = cast(Any, key.args[0]), cast(Any, value.args[0])
-    both = insert_call(old, _DECODE, query, past_key, past_value, new_key, new_value, *rest)
+    both = insert_call(old, old.target, query, past_key, past_value, new_key, new_value, *rest)
     old.replace_all_uses_with(both)
     old.graph.erase_node(old)

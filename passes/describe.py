@@ -25,7 +25,7 @@ from avl_fx.passes.nodes import (
 )
 from avl_fx.passes.site import Site
 
-__all__ = ["describe_site", "module_path", "reaches_output"]
+__all__ = ["cache_kind", "describe_site", "module_path", "reaches_output"]
 
 _LOCAL = re.compile(r"^L\['(?P<name>[^']+)'\]")
 _MODULES = re.compile(r"\._modules\['([^']+)'\]")
@@ -53,7 +53,7 @@ def describe_site(site: Site, anchor: fx.Node, query: Any, key: Any, value: Any,
     """Fill ``site`` from its nodes; any of ``query``, ``key``, ``value`` may be unknown (``None``)."""
     _describe_tensors(site, query, key, value)
     module = _describe_module(site, anchor, ctx)
-    site.cache = _cache_kind(key) if isinstance(key, fx.Node) else "none"
+    site.cache = cache_kind(key) if isinstance(key, fx.Node) else "none"
     # Keys of an earlier layer, as one without a cache reads, are no other sequence's.
     earlier = (s.node for s in ctx.sites if s is not site and s.kind != "cross")
     shared = any(arg(node, 1, "key") is key for node in earlier if node is not None)
@@ -173,7 +173,8 @@ def _appended(key: fx.Node) -> bool:
     return op(root) == "cat" or bool(writes_to(root))
 
 
-def _cache_kind(key: fx.Node) -> str:
+def cache_kind(key: fx.Node) -> str:
+    """Where ``key`` is kept between calls, as `Site.cache` says it."""
     root = alias_root(key)
     returned = reaches_output(root)
     if writes_to(root):

@@ -27,6 +27,7 @@ from torch import fx
 from avl_fx.kernels import visual_scores as _visual_scores  # noqa: F401
 from avl_fx.passes.context import CachedTensor, PartitionedLayer, PartitionIO, PassContext
 from avl_fx.passes.drop_keys import output_positions
+from avl_fx.passes.latents import latents_of
 from avl_fx.passes.nodes import alias_root, arg, fake, mutated_input, op, same_shape, shape, writes_to
 from avl_fx.passes.read_ranges import read_ranges, take_ranges, takes
 from avl_fx.passes.rewrite import insert_call, remove_dead
@@ -37,6 +38,7 @@ from avl_fx.plan import Plan
 __all__ = ["partition_modalities", "static_positions"]
 
 _QUERY, _KEY, _VALUE, _MASK, _SCALE, _CAUSAL = range(6)
+_PRODUCTS = frozenset({"linear", "addmm", "matmul", "bmm", "einsum", "topk"})
 _SAME_TENSOR = frozenset({"detach", "alias"})
 
 
@@ -66,7 +68,7 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             continue
         if isinstance(outcome, PartitionedLayer):
             layers.append((site, outcome))
-            by_key.setdefault(site.node.args[_KEY], site)  # type: ignore[arg-type]
+            by_key.setdefault(_rows(site)[0], site)
         else:
             _refuse(result, ctx, site, *outcome)
     if not layers:
@@ -77,7 +79,7 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     io = PartitionIO(decode=decode, layers=[layer for _, layer in layers], compact=ctx.compact is not None)
     first = layers[0][0].node
     assert first is not None
-    io.weight = _weight(gm, first.args[_VALUE])
+    io.weight = _weight(gm, _rows(layers[0][0])[1])
     # A decode step asks the same as a prompt: the partition may start there.
     io.positions = static_positions(layers[0][0])
     if first.args[_MASK] is not None:
@@ -121,6 +123,12 @@ def _in_words(plan: Plan) -> str:
     return ", ".join(parts)
 
 
+def _rows(site: Site) -> tuple[fx.Node, fx.Node]:
+    """What a cache layer holds of ``site``: keys and values, or latents and rotated keys."""
+    assert site.node is not None
+    return latents_of(site) or (site.node.args[_KEY], site.node.args[_VALUE])  # type: ignore[return-value]
+
+
 def _in_block(site: Site) -> bool:
     return site.anchor is not None or site.action == "anchor"
 
@@ -147,13 +155,17 @@ def _understand(
         return Reason.NOT_THE_CACHE, "keys are made from what it stores"
     if site.layer is None:
         return Reason.LAYER_UNKNOWN, ""
+    if site.latent and _in_block(site):
+        return Reason.NOT_THE_CACHE, "latents in a lazy block"
     mask = site.node.args[_MASK]
-    key, value = site.node.args[_KEY], site.node.args[_VALUE]
-    anchor = by_key.get(key)  # type: ignore[arg-type]
-    shares = site.anchor is None and anchor is not None and anchor.node.args[_VALUE] is value  # type: ignore[union-attr]
+    key, value = _rows(site)
+    anchor = by_key.get(key)
+    shares = site.anchor is None and anchor is not None and _rows(anchor)[1] is value
     same_mask = same_value(mask, first.node.args[_MASK]) and (mask is None or len(shape(mask) or ()) == 4)
     if not same_mask and (first.queries == 1 or not shares):  # a layer that shares rows scores nothing in a prompt
         return Reason.POSITION_MASK, "another mask than the first layer's"
+    if _is_learned(mask):  # type: ignore[arg-type]
+        return Reason.POSITION_MASK, "it is computed from hidden states"
     if shares:  # another layer's rows, which lie in the order that it decides; nothing is scored
         owner = next(layer for other, layer in layers if other is anchor)
         return PartitionedLayer(site.layer, owner.scores_from, None, None)
@@ -172,9 +184,18 @@ def _understand(
     return PartitionedLayer(site.layer, scores_from, stored_key, stored_value, keyless=keyless)
 
 
-def _sharing(number: int, owner: Site | None, layers: list[tuple[Site, PartitionedLayer]]) -> PartitionedLayer:
-    """A layer that reads the rows of another one: they lie in one order only, which that one decides."""
-    return PartitionedLayer(number, next(layer.scores_from for site, layer in layers if site is owner), None, None)
+def _is_learned(mask: fx.Node | None, limit: int = 400) -> bool:
+    """Whether ``mask`` is computed from hidden states: which keys it shows then goes by where they lie."""
+    pending = [] if mask is None else [mask]
+    seen = set(pending)
+    while pending and len(seen) < limit:
+        node = pending.pop()
+        if op(node) in _PRODUCTS:
+            return True
+        upper = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(upper)
+        pending += upper
+    return False
 
 
 def _stored(gm: fx.GraphModule, ctx: PassContext, tensor: Any) -> CachedTensor | None:
@@ -218,8 +239,7 @@ def _is_prefix(node: fx.Node) -> bool:
 
 def static_positions(site: Site) -> fx.Node | None:
     """The key positions ``[queries]`` that a static cache writes this graph's keys to."""
-    assert site.node is not None
-    for write in writes_to(alias_root(site.node.args[_KEY])):  # type: ignore[arg-type]
+    for write in writes_to(alias_root(_rows(site)[0])):
         if op(write) == "index_copy_":
             return write.args[2]  # type: ignore[return-value]
     return None
@@ -243,6 +263,9 @@ def _score(site: Site, io: PartitionIO, window: int) -> fx.Node:
     node = site.node
     assert node is not None
     query, key, _, mask, scale, is_causal, _ = node.args
-    return insert_call(
+    scores = insert_call(
         node, torch.ops.avl.visual_scores.default, query, key, mask, io.positions, scale, is_causal, window
     )
+    if site.latent and (shape(scores) or ())[1] != 1:  # the heads share what is stored
+        return insert_call(node, "mean", scores, 1, keepdim=True)
+    return scores

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+from avl_fx.passes.absorb_latents import absorb_latents
 from avl_fx.passes.add_features import add_features
 from avl_fx.passes.append_in_place import append_in_place
 from avl_fx.passes.context import PassContext
@@ -33,6 +34,7 @@ Pass = Callable[[fx.GraphModule, PassContext], PassResult]
 
 STAGES: tuple[Pass, ...] = (
     find_attention,  # every attention call -> one canonical avl::attention node
+    absorb_latents,  # decode steps attend to the latents that a cache stores, not to keys made from all of them
     locate_modalities,  # where the row-wise visual positions come from
     observe_attention,  # calibration: a prompt also returns the attention rows of its last query
     resolve_rows,  # a compact cache: the rows that are there for those that the model believes in

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import fx
 
-# Importing the operator registers it.
+# Importing the operators registers them.
+from avl_fx.kernels import latent_decode as _latent_decode  # noqa: F401
 from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
 from avl_fx.passes.context import KeyRanges, PassContext
+from avl_fx.passes.latents import latents_of
 from avl_fx.passes.nodes import fake, op, shape
 from avl_fx.passes.rewrite import add_input, insert_call
-from avl_fx.passes.site import Site
+from avl_fx.passes.site import Site, Status
 
-__all__ = ["attending", "decodes", "read_everything", "read_ranges", "take_ranges", "takes"]
+__all__ = ["attending", "decoded_latents", "decodes", "read_everything", "read_ranges", "take_ranges", "takes"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -30,7 +32,7 @@ def takes(query: Any) -> bool:
 
 
 def attending(site: Site) -> fx.Node:
-    """The node that reads keys and values: canonical, or `avl::partitioned_decode`, of which the site takes a part."""
+    """The node that reads keys and values: canonical, or `avl::partitioned_decode` or its like, which return a pair."""
     node = site.node
     assert node is not None
     return node.args[0] if op(node) == "getitem" else node  # type: ignore[return-value]
@@ -51,6 +53,15 @@ def decodes(site: Site) -> bool:
     return all(isinstance(t.stride(3), int) and t.stride(3) == 1 for t in (key, value))
 
 
+def decoded_latents(site: Site) -> tuple[fx.Node, fx.Node] | None:
+    """What `avl::latent_decode` would take in place of the keys and values of ``site``, canonical so far.
+
+    ``None`` in a lazy block: its layers share the logits of keys as a whole.
+    """
+    in_block = site.anchor is not None or site.action == "anchor"
+    return None if in_block and site.status is not Status.REFUSED else latents_of(site)
+
+
 def take_ranges(gm: fx.GraphModule, ctx: PassContext, site: Site) -> tuple[str, ...]:
     """Append the inputs of ``ctx.ranges`` unless the graph has them; returns the names of new ones."""
     if ctx.ranges is not None:
@@ -66,7 +77,8 @@ def take_ranges(gm: fx.GraphModule, ctx: PassContext, site: Site) -> tuple[str, 
 
 
 def read_ranges(site: Site, ctx: PassContext) -> fx.Node:
-    """Replace the canonical node of ``site``, of one query, by `avl::partitioned_decode`; returns its weights."""
+    """Replace the canonical node of ``site``, of one query, by `avl::partitioned_decode`, or `avl::latent_decode` where
+    it attends to latents; returns the weights."""
     assert ctx.ranges is not None
     return _attend(site, ctx.ranges.segments, ctx.ranges.weigh)
 
@@ -80,11 +92,11 @@ def _attend(site: Site, segments: fx.Node | None, weigh: fx.Node | None) -> fx.N
     node = site.node
     assert node is not None
     query, key, value, mask, scale, _, _ = node.args
-    both = insert_call(
-        node,
-        torch.ops.avl.partitioned_decode.default,
-        *(query, key, value, None, None, mask, segments, weigh, scale),
-    )
+    latents = decoded_latents(site)
+    target, rows = torch.ops.avl.partitioned_decode.default, (key, value)
+    if latents is not None:
+        target, rows = torch.ops.avl.latent_decode.default, latents
+    both = insert_call(node, target, query, *rows, None, None, mask, segments, weigh, scale)
     out = insert_call(node, operator.getitem, both, 0)
     weights = insert_call(node, operator.getitem, both, 1)
     node.replace_all_uses_with(out)

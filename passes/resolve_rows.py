@@ -20,6 +20,7 @@ from torch import fx
 # Importing the operator registers it.
 from avl_fx.kernels.append_rows import append_rows as _append_rows  # noqa: F401
 from avl_fx.passes.context import CompactRows, PassContext, StoredTensor
+from avl_fx.passes.latents import latents_of, reads_latents
 from avl_fx.passes.nodes import fake, op, same_size, shape
 from avl_fx.passes.rewrite import add_input, insert_call
 from avl_fx.passes.share_queries import same_value
@@ -38,10 +39,11 @@ def resolve_rows(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         return result
     ctx.compact = CompactRows(plans={n.args[3] for n in appended})
     placeholders = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
-    sites = [s for s in ctx.sites if s.node is not None and s.status is not Status.REFUSED and _reads(s, appended)]
+    sites = [s for s in ctx.sites if s.node is not None and s.status is not Status.REFUSED and _reads(s, ctx)]
     misfits = {n for s in sites if not _mask_fits(s) or (ctx.tracks_visual and _differs(s, sites)) for n in _rows(s)}
     understood = {n for s in sites for n in _rows(s) if ctx.tracks_visual or not _lacks_rows(n)} - misfits
-    readers = {s.node for s in sites}
+    joined = [s for s in sites if reads_latents(s)]
+    readers = {*(s.node for s in sites), *(s.node.args[1] for s in joined)}  # type: ignore[union-attr]
     resolved = [n for n in appended if _starts(n) or (n in understood and _only_read_by(n, readers))]
     for site in sites:
         if not set(_rows(site)) <= set(resolved):
@@ -57,16 +59,23 @@ def resolve_rows(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         node.replace_all_uses_with(grown)
         gm.graph.erase_node(node)
         result.count += 1
+    for site in joined:
+        # As many rows as there are, and not as many as the model believes in.
+        key: Any = site.node.args[1]  # type: ignore[union-attr]
+        site.node.update_arg(1, insert_call(key, torch.cat, *key.args))  # type: ignore[union-attr]
+        gm.graph.erase_node(key)
     return result
 
 
 def _rows(site: Site) -> list[fx.Node]:
     assert site.node is not None
-    return [n for n in site.node.args[1:3] if op(n) == "append_rows"]  # type: ignore[misc]
+    return [n for n in latents_of(site) or site.node.args[1:3] if op(n) == "append_rows"]  # type: ignore[misc]
 
 
-def _reads(site: Site, appended: list[fx.Node]) -> bool:
+def _reads(site: Site, ctx: PassContext) -> bool:
     assert site.node is not None
+    if site.latent and ctx.plan.lazy_policy is not None:
+        return False  # latents of a lazy block are not partitioned: all of their rows are there
     return site.node.target is torch.ops.avl.attention.default and bool(_rows(site))
 
 
@@ -81,8 +90,8 @@ def _lacks_rows(node: fx.Node) -> bool:
     return isinstance(rows, int) and isinstance(length, int) and rows != length
 
 
-def _only_read_by(node: fx.Node, sites: set[fx.Node | None]) -> bool:
-    return all(user in sites or user.op == "output" for user in node.users)
+def _only_read_by(node: fx.Node, readers: set[Any]) -> bool:
+    return all(user in readers or user.op == "output" for user in node.users)
 
 
 def _mask_fits(site: Site) -> bool:

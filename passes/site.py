@@ -102,6 +102,8 @@ class Site:
     """``none``, ``dynamic`` (cat), ``static`` (in-place write) or ``other``."""
     unrepeated: bool = False
     """The model repeated keys and values for its query heads; the canonical node reads them un-repeated."""
+    latent: bool = False
+    """Keys and values are made from latents that all heads share, which the cache stores instead."""
     status: Status = Status.FOUND
     reason: Reason | None = None
     detail: str = ""

@@ -16,6 +16,7 @@ constexpr int64_t MAX_SEGMENTS = 64;  // as in schema.py
 struct Given {
   const Tensor *query, *key, *value, *new_key, *new_value, *mask, *segments;
   const Tensor *weigh = nullptr, *logits = nullptr, *inherited = nullptr, *anchor_key = nullptr;
+  const Tensor *rotated = nullptr, *new_rotated = nullptr;  // where keys are values with something behind them
 };
 
 inline const Tensor* maybe(const Maybe& tensor) { return tensor ? &*tensor : nullptr; }
@@ -98,14 +99,28 @@ bool fits(const Given& given, double scale, Call& c) {
     const Tensor &query = *given.query, &key = *given.key;
     if (query.dim() != 4 || key.dim() != 4) return false;
     const int64_t rows = key.size(2);
-    c.heads = query.size(1), c.head_dim = query.size(3), c.left_out = c.keys - rows;
-    if (rows == 0 || rows > c.keys || !are_rows(query, dtype, {c.batch, c.heads, 1, c.head_dim}) ||
+    c.heads = query.size(1), c.head_dim = key.size(3), c.left_out = c.keys - rows;
+    c.rotated_dim = given.rotated && given.rotated->dim() == 4 ? given.rotated->size(3) : 0;
+    if (rows == 0 || rows > c.keys || !are_rows(query, dtype, {c.batch, c.heads, 1, c.head_dim + c.rotated_dim}) ||
         !are_rows(key, dtype, {c.batch, c.kv_heads, rows, c.head_dim}))
       return false;
     c.query = query.data_ptr(), c.query_batch = query.stride(0), c.query_head = query.stride(1);
     c.key = key.data_ptr();
     c.key_batch = key.stride(0), c.key_head = key.stride(1), c.key_row = key.stride(2);
-    if ((given.new_key == nullptr) != (given.new_value == nullptr)) return false;
+    if (given.rotated) {
+      const Tensor& rotated = *given.rotated;
+      if (!are_rows(rotated, dtype, {c.batch, c.kv_heads, rows, c.rotated_dim})) return false;
+      c.rotated = rotated.data_ptr();
+      c.rotated_batch = rotated.stride(0), c.rotated_head = rotated.stride(1), c.rotated_row = rotated.stride(2);
+      if ((given.new_rotated == nullptr) != (given.new_value == nullptr)) return false;
+      if (given.new_rotated) {
+        const Tensor& row = *given.new_rotated;
+        if (!are_rows(row, dtype, {c.batch, c.kv_heads, 1, c.rotated_dim}) || !has_spare_row(rotated, element)) return false;
+        c.new_rotated = row.data_ptr(), c.new_rotated_batch = row.stride(0), c.new_rotated_head = row.stride(1);
+      }
+    } else if ((given.new_key == nullptr) != (given.new_value == nullptr)) {
+      return false;
+    }
     if (given.new_key) {
       const Tensor& row = *given.new_key;
       if (!are_rows(row, dtype, {c.batch, c.kv_heads, 1, c.head_dim}) || !has_spare_row(key, element)) return false;

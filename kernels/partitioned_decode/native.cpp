@@ -9,6 +9,8 @@
 // avl::anchor_decode keeps the logits beside that, and avl::inherited_decode takes them in place of products with keys:
 // for all keys, or for those in the ranges that it calls inherited. Or it takes the keys there from another cache. The
 // first of the keys that are inherited may be missing in its own.
+//
+// avl::latent_decode has keys in two parts: latents, which are the values as well, and a rotated key behind each.
 
 #include <algorithm>
 #include <cstdint>
@@ -44,11 +46,13 @@ void attend(const Tasks& tasks, int64_t task, int64_t last, const Results& resul
   Walk<T> walk(tasks, task, last);
   Tile<T> tiles[2];
   Tile<T>*now = &tiles[0], *next = &tiles[1];
-  float* queries = scratch;
-  now->logits = queries + group * c.head_dim;
+  const int64_t query_dim = c.head_dim + c.rotated_dim;
+  float *queries = scratch, *rotations = queries + group * c.head_dim;
+  now->logits = queries + group * query_dim;
   next->logits = now->logits + group * TILE;
   float* dots = next->logits + group * TILE;
-  float* factors = dots + group * TILE;
+  float* turned = dots + group * TILE;
+  float* factors = turned + (c.rotated ? group * TILE : 0);
   for (; task < last; ++task) {
     const Part part = results.part(task);
     std::fill_n(part.most, group, NOTHING);
@@ -68,6 +72,8 @@ void attend(const Tasks& tasks, int64_t task, int64_t last, const Results& resul
       for (int64_t g = 0; g < group && c.query; ++g) {  // without a query all logits are inherited
         const T* row = static_cast<const T*>(c.query) + of.batch_row * c.query_batch + (head + g) * c.query_head;
         for (int64_t i = 0; i < c.head_dim; ++i) queries[g * c.head_dim + i] = number(row[i]) * c.scale;
+        for (int64_t i = 0; i < c.rotated_dim; ++i)
+          rotations[g * c.rotated_dim + i] = number(row[c.head_dim + i]) * c.scale;
       }
     }
     const int64_t count = now->count, owned = now->owned, padded = (count + WIDTH - 1) / WIDTH * WIDTH;
@@ -81,6 +87,12 @@ void attend(const Tasks& tasks, int64_t task, int64_t last, const Results& resul
       in_heads(group, [&](int64_t first_head, auto heads) {
         float* to = (plain ? logits : dots) + first_head * TILE;
         products<DIM, heads()>(queries + first_head * c.head_dim, now->k, next_keys, owned, c.head_dim, to);
+        if (!c.rotated) return;
+        float* more = turned + first_head * TILE;
+        products<0, heads()>(rotations + first_head * c.rotated_dim, now->r, next->owned ? next->r : now->r, owned,
+                             c.rotated_dim, more);
+        for (int64_t h = 0; h < heads(); ++h)
+          for (int64_t t = 0; t < owned; ++t) to[h * TILE + t] += more[h * TILE + t];
       });
     for (int64_t g = 0; g < group; ++g) {
       float* row = logits + g * TILE;
@@ -139,6 +151,9 @@ void run(Call c) {
                 c.new_key_batch, c.new_key_head);
     append<T>(c.value, c.new_value, c.batch, c.kv_heads, c.keys, c.value_dim, c.value_batch, c.value_head, c.value_row,
               c.new_value_batch, c.new_value_head);
+    if (c.new_rotated)
+      append<T>(c.rotated, c.new_rotated, c.batch, c.kv_heads, c.keys, c.rotated_dim, c.rotated_batch, c.rotated_head,
+                c.rotated_row, c.new_rotated_batch, c.new_rotated_head);
     ++c.keys;
   }
   const int64_t group = c.heads / c.kv_heads;
@@ -163,7 +178,8 @@ void run(Call c) {
   const int64_t threads = all_keys * c.kv_heads * c.value_dim < 32768 ? 1 : std::min(c.threads, count);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> scratch(std::max(group * (c.head_dim + 1 + 3 * TILE), c.value_dim));
+    const int64_t tiles = c.rotated ? 4 : 3;
+    std::vector<float> scratch(std::max(group * (c.head_dim + c.rotated_dim + 1 + tiles * TILE), c.value_dim));
 #pragma omp for schedule(static)
     for (int64_t thread = 0; thread < threads; ++thread) {
       const int64_t first = count * thread / threads, last = count * (thread + 1) / threads;
@@ -222,9 +238,9 @@ extern "C" void avl_partitioned_decode(int64_t dtype, const void* const* tensors
   const int32_t* weigh = static_cast<const int32_t*>(tensors[8]);
   c.kept = static_cast<float*>(const_cast<void*>(tensors[10]));
   c.logits = static_cast<const float*>(tensors[11]), c.inherited = static_cast<const int64_t*>(tensors[12]);
-  c.anchor_key = tensors[13];
+  c.anchor_key = tensors[13], c.rotated = tensors[14], c.new_rotated = tensors[15];
   if (!weigh || *weigh == 0) c.weights = nullptr;
-  std::memcpy(&c.batch, sizes, 30 * sizeof(int64_t));
+  std::memcpy(&c.batch, sizes, 36 * sizeof(int64_t));
   c.scale = scale;
   if (dtype == 0) run<float>(c);
   else if (dtype == 1) run<Half>(c);

@@ -19,7 +19,7 @@ __all__ = ["is_available", "is_dispatched", "partitioned_decode_native", "run"]
 _SOURCE = Path(__file__).with_name("native.cpp")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MASKS = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4, torch.float64: 5}
-_POINTERS, _SIZES = struct.Struct("14N"), struct.Struct("30q")  # to pack them is much faster than to fill ctypes arrays
+_POINTERS, _SIZES = struct.Struct("16N"), struct.Struct("36q")  # to pack them is much faster than to fill ctypes arrays
 _NO_STRIDES: tuple[int, ...] = (0, 0, 0)
 
 
@@ -80,8 +80,10 @@ def run(
     logits: Tensor | None = None,
     inherited: Tensor | None = None,
     anchor_key: Tensor | None = None,
+    rotated: Tensor | None = None,
+    new_rotated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """The C++ function behind `avl::partitioned_decode`, `avl::anchor_decode` and `avl::inherited_decode`.
+    """The C++ function behind `avl::partitioned_decode` and the operators that are made from it.
 
     Args:
         query: absent where no product with a key is wanted, and then ``key`` is, too.
@@ -92,6 +94,8 @@ def run(
         inherited: int64 ``[batch, S, 2]``: the keys for which they are; ``None``: for all, where there are any. ``key``
             may lack the first of them.
         anchor_key: ``[batch, kv_heads, keys, head_dim]``: keys in place of logits.
+        rotated: ``[batch, kv_heads, keys, rope_dim]``: what stands behind each key; a query has as much more.
+        new_rotated: the row of this step's token, ``[batch, kv_heads, 1, rope_dim]``; its key is its value.
     """
     function, code = _function(), _DTYPES.get(dtype)
     if function is None or code is None or (mask is not None and mask.dtype not in _MASKS):
@@ -99,7 +103,7 @@ def run(
     if kept is not None:
         check_dtype(torch.float32, kept=kept)
     batch, kv_heads, keys, value_dim = value.shape
-    head_dim = 0 if query is None else query.shape[3]
+    head_dim = 0 if key is None else key.shape[3]
     value_strides = value.stride()
     query_strides = key_strides = new_key_strides = new_value_strides = anchor_strides = _NO_STRIDES
     left_out = anchor_keys = 0
@@ -109,6 +113,12 @@ def run(
         left_out = keys - key.shape[2]
     if anchor_key is not None:
         anchor_keys, anchor_strides = anchor_key.shape[2], anchor_key.stride()[:3]
+    rotated_dim, rotated_strides, new_rotated_strides = 0, _NO_STRIDES, _NO_STRIDES
+    if rotated is not None:
+        rotated_dim, rotated_strides = rotated.shape[3], rotated.stride()[:3]
+    if new_rotated is not None:
+        new_rotated = _rows(new_rotated)
+        new_rotated_strides = new_rotated.stride()[:3]
     seen = keys
     if new_value is not None:
         new_value = _rows(new_value)
@@ -146,6 +156,8 @@ def run(
         _address(logits),
         _address(inherited),
         0 if anchor_key is None else _start(anchor_key),
+        0 if rotated is None else _start(rotated),
+        _address(new_rotated),
     )
     sizes = _SIZES.pack(
         *(batch, heads, kv_heads, keys, head_dim, value_dim, entries, inherited_entries),
@@ -154,6 +166,7 @@ def run(
         *(new_key_strides[0], new_key_strides[1], new_value_strides[0], new_value_strides[1]),
         *mask_strides,
         *(left_out, anchor_keys, *anchor_strides),
+        *(rotated_dim, *rotated_strides, *new_rotated_strides[:2]),
     )
     function(code, pointers, sizes, scale)
     return out, weights

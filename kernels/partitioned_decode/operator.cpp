@@ -93,10 +93,24 @@ Tensor inherited_decode(const Maybe& logits, const Maybe& query, const Maybe& ke
   return to<Tensor>(stack[0]);
 }
 
+std::tuple<Tensor, Tensor> latent_decode(const Tensor& query, const Tensor& latents, const Tensor& rotated,
+                                         const Maybe& new_latents, const Maybe& new_rotated, const Maybe& mask,
+                                         const Maybe& segments, const Maybe& weigh, double scale) {
+  Given given{&query, &latents, &latents, nullptr, maybe(new_latents), maybe(mask), maybe(segments), maybe(weigh)};
+  given.rotated = &rotated, given.new_rotated = maybe(new_rotated);
+  Call c{};
+  if (fits(given, scale, c)) return answer(c, given);
+  const auto stack = in_python("avl::latent_decode", [&] {
+    return stack_of(query, latents, rotated, new_latents, new_rotated, mask, segments, weigh, scale);
+  });
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(avl, CPU, library) {
   library.impl("partitioned_decode", TORCH_BOX(&partitioned_decode));
   library.impl("anchor_decode", TORCH_BOX(&anchor_decode));
   library.impl("inherited_decode", TORCH_BOX(&inherited_decode));
+  library.impl("latent_decode", TORCH_BOX(&latent_decode));
 }

@@ -24,6 +24,7 @@ struct Call {
   const float* logits;  // another layer's logits, laid out like `kept`; null: none are inherited
   const int64_t* inherited;  // ranges of the keys whose logits are
   const void* anchor_key;  // or that are themselves another layer's; null: none
+  const void *rotated, *new_rotated;  // what stands behind each key, with a query's elements behind its own; null: nothing
   int64_t batch, heads, kv_heads, keys, head_dim, value_dim;
   int64_t entries;  // negative: no segments are given, and every key is read
   int64_t inherited_entries;  // negative: all logits are, where any are given
@@ -32,6 +33,7 @@ struct Call {
   int64_t new_key_batch, new_key_head, new_value_batch, new_value_head, mask_batch, mask_head, mask_key;
   int64_t left_out;  // keys that are missing: the first inherited ones of each batch row
   int64_t anchor_keys, anchor_batch, anchor_head, anchor_row;
+  int64_t rotated_dim, rotated_batch, rotated_head, rotated_row, new_rotated_batch, new_rotated_head;
   float scale;
 };
 

@@ -35,6 +35,7 @@ struct Tile {
   bool masked = false;
   const T* k[TILE];
   const T* v[TILE];
+  const T* r[TILE];  // what stands behind the keys in `k`, where there is something
   int64_t number_of[TILE];  // place among the keys that the batch row reads
   int64_t position_of[TILE];
   int64_t own[TILE];  // which keys of the tile are multiplied with
@@ -59,7 +60,10 @@ class Walk {
     }
     if (tile.count == 0) return;
     tile.task = task_, tile.masked = reading_->masked;
-    if (tile.owned) std::fill(tile.k + tile.owned, tile.k + TILE, tile.k[tile.owned - 1]);
+    if (tile.owned) {
+      std::fill(tile.k + tile.owned, tile.k + TILE, tile.k[tile.owned - 1]);
+      if (rotated_) std::fill(tile.r + tile.owned, tile.r + TILE, tile.r[tile.owned - 1]);
+    }
     std::fill(tile.v + tile.count, tile.v + TILE, tile.v[tile.count - 1]);
   }
 
@@ -71,6 +75,7 @@ class Walk {
     keys_ = static_cast<const T*>(c_.key) + row * c_.key_batch + head * c_.key_head;
     anchors_ = static_cast<const T*>(c_.anchor_key) + row * c_.anchor_batch + head * c_.anchor_head;
     values_ = static_cast<const T*>(c_.value) + row * c_.value_batch + head * c_.value_head;
+    rotated_ = c_.rotated ? static_cast<const T*>(c_.rotated) + row * c_.rotated_batch + head * c_.rotated_head : nullptr;
     at_ = now_.first, range_ = 0, before_ = 0;
   }
 
@@ -96,6 +101,7 @@ class Walk {
         for (int64_t g = 0; g < group; ++g) std::copy_n(taken_ + g * c_.keys + position, TILE, tile.logits + g * TILE);
       } else {
         for (; tile.owned < TILE; ++tile.owned) tile.k[tile.owned] = key + tile.owned * key_row;
+        for (int64_t t = 0; t < TILE && rotated_; ++t) tile.r[t] = rotated_ + (position + t) * c_.rotated_row;
       }
       for (; tile.count < TILE; ++tile.count, ++at_) {
         tile.v[tile.count] = value + tile.count * c_.value_row;
@@ -123,6 +129,7 @@ class Walk {
         }
       } else {
         tile.own[tile.owned] = tile.count;
+        if (rotated_) tile.r[tile.owned] = rotated_ + position * c_.rotated_row;
         tile.k[tile.owned++] = key_at(range, position);
       }
       tile.position_of[tile.count] = position;
@@ -137,7 +144,7 @@ class Walk {
   Task now_{};
   const Reading* reading_ = nullptr;
   const float* taken_ = nullptr;
-  const T *keys_ = nullptr, *anchors_ = nullptr, *values_ = nullptr;
+  const T *keys_ = nullptr, *anchors_ = nullptr, *values_ = nullptr, *rotated_ = nullptr;
   int64_t at_ = 0, range_ = 0, before_ = 0;
 };
 

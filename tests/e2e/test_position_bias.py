@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import avl_fx
 from avl_fx import Plan
+from avl_fx.passes.site import Reason
 from avl_fx.record import Undivided
 from tests.e2e._doors import FLOAT32_TOLERANCE, largest, through
 from tests.oracle import avl_oracle
@@ -72,3 +73,47 @@ def test_the_same_model_without_a_bias_is_partitioned():
         found = prefill_and_decode(model, inputs, "dynamic", steps=8, tokens=expected.tokens)
     assert largest(found, oracle) <= FLOAT32_TOLERANCE
     assert largest(oracle, expected) > 10 * FLOAT32_TOLERANCE
+
+
+class PickingLayer(DecoderLayer):
+    """Beyond a number of keys it picks some by their place, as a layer with an indexer and a cache for it does."""
+
+    budget = 0
+
+    def shown(self, q, mask):
+        places = torch.arange(mask.shape[-1])
+        picked = (places % 5 != 2) & (places * q.abs().amax() >= 0)
+        return mask & (picked | (places[-1] < self.budget))
+
+    def attend(self, q, k, v, mask):
+        return super().attend(q, k, v, self.shown(q, mask))
+
+
+class Picking(PlainLVLM):
+    def __init__(self, style):
+        super().__init__(style)
+        self.layers = torch.nn.ModuleList([PickingLayer(style), *self.layers[1:]])
+
+
+def test_a_layer_that_picks_keys_by_their_place_stays_dense():
+    """The first one, whose mask is held against no other; a prompt within the budget does not show what comes."""
+    model = make(construct=Picking)
+    inputs = ZOO_MODEL.inputs(model, batch=1)
+    model.layers[0].budget = inputs["input_ids"].shape[1] + 2
+    visual = ZOO_MODEL.visual_positions(model, inputs)
+    dense = prefill_and_decode(model, inputs, "dynamic", steps=8)
+    settings = {"core": 0.3, "secondary": 0.5, "refresh": 3}
+    plain = make(construct=Picking)
+    plain.layers[0].budget = 10**6
+    assert largest(prefill_and_decode(plain, inputs, "dynamic", steps=8, tokens=dense.tokens), dense) > 0.1
+    with through("torch.compile", model, compiler="eager", plan=Plan.avl(text=None, **settings)) as recorder:
+        found = prefill_and_decode(model, inputs, "dynamic", steps=8, tokens=dense.tokens)
+    sites = [site for graph in recorder.graphs for site in graph.sites if site.layer == 0 and site.role == "decoder"]
+    assert {(s.reason, s.detail) for s in sites} == {(Reason.POSITION_MASK, "it is computed from hidden states")}
+    with avl_oracle(model, visual, decoder_prefix="layers", text=1.0, kinds=["dense", *["full"] * 3], **settings):
+        first = model.layers[0]
+        theirs = first.attend
+        first.attend = lambda q, k, v, mask: theirs(q, k, v, first.shown(q, mask))
+        expected = prefill_and_decode(model, inputs, "dynamic", steps=8, tokens=dense.tokens)
+    assert largest(found, expected) <= FLOAT32_TOLERANCE
+    assert largest(expected, dense) > 10 * FLOAT32_TOLERANCE

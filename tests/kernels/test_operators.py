@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avl_fx.kernels import inherited_decode, partitioned_decode
+from avl_fx.kernels import inherited_decode, latent_decode, partitioned_decode
 from avl_fx.kernels.partitioned_decode import native
 from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
 from tests._compiler import needs_compiler
-from tests.kernels import test_inherited_decode, test_partitioned_decode
+from tests.kernels import test_inherited_decode, test_latent_decode, test_partitioned_decode
 from tests.kernels.test_inherited_decode import INHERITED, least, without
 from tests.kernels.test_partitioned_decode import HALF_OR_SINGLE, LAYOUTS, SHAPES, Case, asked, segments
 
@@ -23,6 +23,7 @@ TABLES = {
     "partitioned_decode": partitioned_decode.IMPLEMENTATIONS,
     "anchor_decode": inherited_decode.ANCHOR_IMPLEMENTATIONS,
     "inherited_decode": inherited_decode.IMPLEMENTATIONS,
+    "latent_decode": latent_decode.IMPLEMENTATIONS,
 }
 DECODES = ("partitioned_decode", "anchor_decode")  # they take the same
 
@@ -149,11 +150,39 @@ def inheriting_calls(draw):
     return make
 
 
+@st.composite
+def latent_calls(draw):
+    """As `calls`, of latents: one head of them for all of the query's."""
+    drawn, rank = draw(cases()), draw(st.sampled_from([8, 20]))
+    case = test_latent_decode.latent_case(
+        heads=drawn.heads, keys=drawn.keys, rank=rank, dtype=drawn.dtype, layout=drawn.layout
+    )
+    appends, rows = draw(st.booleans()), draw(ranges(SHAPES))
+    weigh, mask = draw(st.sampled_from([None, False, True])), draw(masks(case, case.keys + appends))
+
+    def make():
+        new = test_latent_decode.new(case) if appends else (None, None)
+        return *test_latent_decode.tensors(case), *new, mask, rows, None if weigh is None else asked(weigh), 0.3
+
+    return make
+
+
+@settings(max_examples=150, deadline=None)
+@given(make=latent_calls())
+def test_latent_decode_is_that_of_python(make):
+    assert_decodes_alike("latent_decode", make)
+
+
 @pytest.mark.parametrize("name", DECODES)
 @settings(max_examples=150, deadline=None)
 @given(make=calls())
 def test_decode_is_that_of_python(name, make):
-    """Whatever is appended, named, masked and asked for; weights are unspecified where nobody asks for them."""
+    """Whatever is appended, named, masked and asked for."""
+    assert_decodes_alike(name, make)
+
+
+def assert_decodes_alike(name, make):
+    """Weights are unspecified where nobody asks for them."""
     mine, theirs = make(), make()
     answers = both(name, mine, theirs)
     if answers is None:
@@ -183,13 +212,16 @@ def test_inherited_decode_is_that_of_python(make):
 def test_decode_does_not_pass_through_python(dtype, layout, through_python):
     case, ragged, theirs = Case(dtype=dtype, layout=layout), segments(SHAPES["ragged"]), segments(INHERITED["ragged"])
     ops, anchor_key = torch.ops.avl, case.cache(16, 99)[1]
+    latent = test_latent_decode.latent_case(heads=8, dtype=dtype, layout=layout)
     for appends in (False, True):
         new = case.new() if appends else (None, None)
+        row = test_latent_decode.new(latent) if appends else (None, None)
         logits = torch.zeros(2, 8, 40 + appends)
         for mask in (None, case.visible((2, 1, 1, 40 + appends)), case.visible((40 + appends,)).to(dtype)):
             for rows, weigh in ((None, None), (ragged, asked())):
                 for name in DECODES:
                     getattr(ops, name)(*case.tensors(), *new, mask, rows, weigh, 0.3)
+                ops.latent_decode(*test_latent_decode.tensors(latent), *row, mask, rows, weigh, 0.3)
                 query, key, value = case.tensors()
                 ops.inherited_decode(logits, None, None, value, None, new[1], mask, rows, None, 0.3)
                 own = query, without(key, INHERITED["ragged"], 8), value, *new, mask, rows, theirs, 0.3
@@ -208,6 +240,11 @@ def test_what_the_kernel_is_not_made_for_is_pythons(name, through_python):
             logits = torch.zeros(2, 8, case.keys + 1)
             rest = *case.new(), None, None, segments(INHERITED["the middle"])
             torch.ops.avl.inherited_decode(logits, query, *given[1:], *rest, 0.3)
+        elif name == "latent_decode":
+            latent = test_latent_decode.latent_case(heads=8, keys=case.keys, dtype=case.dtype)
+            own, *rows = test_latent_decode.tensors(latent)
+            own = strided(own) if query is apart else own
+            torch.ops.avl.latent_decode(own, *rows, *test_latent_decode.new(latent), None, None, None, 0.3)
         else:
             getattr(torch.ops.avl, name)(query, *given[1:], *case.new(), None, None, None, 0.3)
         assert through_python[before:] == [name]

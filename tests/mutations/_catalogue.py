@@ -40,6 +40,8 @@ APPEND, NARROW, GROWN = f"{P}append_in_place.py", f"{P}narrow_linears.py", "test
 GROWING = "tests/e2e/test_growing_cache.py -m 'not full'"
 READS = "tests/avl_fx/test_reads.py -k 'hand or ranges'"
 ONCE = f"{P}read_once.py"
+ABSORB, LATENT = f"{P}absorb_latents.py", "tests/e2e/test_latent_attention.py -m 'not matrix'"
+LATENT_KERNEL = "tests/kernels/test_latent_decode.py -k native"
 TILES = "tests/kernels/test_partitioned_decode.py -k 'native and whole_tiles'"
 DECODE = "tests/kernels/test_partitioned_decode.py -k 'native and (is_stored or is_seen)'"
 MOVES = "tests/kernels/test_partition.py"
@@ -646,8 +648,8 @@ MUTATIONS: list[Mutation] = [
         "passes/read_ranges.py",
         (
             "decode without the mask",
-            "*(query, key, value, None, None, mask, segments",
-            "*(query, key, value, None, None, None, segments",
+            "query, *rows, None, None, mask, segments",
+            "query, *rows, None, None, None, segments",
             f"{APPEND} -k exact",
         ),
     ),
@@ -675,6 +677,21 @@ MUTATIONS: list[Mutation] = [
             f"{ONCE} -k short",
         ),
         ("forget what a plan refused", "if site.status is Status.FOUND:", "if True:", f"{ONCE} -k refuses"),
+    ),
+    *_in(
+        "kernels/partitioned_decode/walk.h",
+        (
+            "take rotated keys from elsewhere in a tile",
+            "(position + t) * c_.rotated_row",
+            "(at_ + t) * c_.rotated_row",
+            LATENT_KERNEL,
+        ),
+        (
+            "take a rotated key from elsewhere",
+            "= rotated_ + position * c_.rotated_row",
+            "= rotated_ + at_ * c_.rotated_row",
+            LATENT_KERNEL,
+        ),
     ),
     *_in(
         "kernels/partitioned_decode/reading.h",
@@ -724,6 +741,8 @@ MUTATIONS: list[Mutation] = [
     *_in(
         "kernels/partitioned_decode/native.cpp",
         ("weigh whole vectors alone", "for (; j < range.length; ++j) weight[j]", "for (; false;) weight[j]", DECODE),
+        ("turn all heads as the first", "+= more[h * TILE + t];", "+= more[t];", LATENT_KERNEL),
+        ("forget the new rotated key", "    if (c.new_rotated)\n", "    if (false)\n", LATENT_KERNEL),
         ("forget what earlier tiles gave", "part.total[g] * factor + sum(total)", "sum(total)", TILES),
         (
             "store a new key where it would be in a whole cache",
@@ -768,6 +787,83 @@ MUTATIONS: list[Mutation] = [
         ("append two rows as if they were one", "or added[2] != 1:", "or False:", APPEND),
         ("grow a sliding window", 'if site.kind != "full":', "if False:", APPEND),
         ("forget what a plan refused", "if site.status is Status.FOUND:", "if True:", f"{APPEND} -k refuses"),
+        (
+            "read ranges where nothing is partitioned",
+            "if ctx.ranges is not None and site.status is Status.REFUSED:",
+            "if False:",
+            "tests/e2e/test_position_bias.py -k picks",
+        ),
+    ),
+    *_in(
+        "passes/latents.py",
+        (
+            "take a projection with a bias",
+            'or arg(product, 2, "bias") is not None:',
+            "or False:",
+            f"{ABSORB} -k lookalikes",
+        ),
+        (
+            "take copies that overlap",
+            "(found[0][0], found[0][1], found[1][1]) != (0, found[1][0], width)",
+            "(found[0][0], found[1][1]) != (0, width)",
+            f"{ABSORB} -k lookalikes",
+        ),
+        (
+            "take rotations of each head for shared ones",
+            "or old[1] != 1:",
+            "or False:",
+            f"{ABSORB} -k lookalikes",
+        ),
+        (
+            "forget which rows are taken",
+            "return node.args[0], index\n",
+            "return node.args[0], None\n",
+            ABSORB,
+        ),
+        (
+            "take keys for the first half of heads",
+            "return whole, first, first + parts[index]",
+            "return whole, 0, parts[index]",
+            ABSORB,
+        ),
+        (
+            "count positions from any row",
+            "rows[2].start not in (None, 0)",
+            "False",
+            f"{ABSORB} -k rows_of_their_own",
+        ),
+    ),
+    *_in(
+        "passes/absorb_latents.py",
+        ("absorb prompts", "if site.queries != 1 and not", "if False and not", f"{ABSORB} -k prompt"),
+        (
+            "take what was written since",
+            "return (keys, values) if unchanged(readings, node) else None",
+            "return keys, values",
+            ABSORB,
+        ),
+        ("take what has a gradient", "if fake(node).requires_grad:", "if False:", f"{ABSORB} -k gradient"),
+        (
+            "rotate the wrong part",
+            "part = query[..., rope:] if rotated_first",
+            "part = query[..., rope:] if False",
+            ABSORB,
+        ),
+        (
+            "expand prompts over rows that are not there",
+            'return op(latents) == "append_rows" and',
+            'return op(latents) == "nothing" and',
+            f"{LATENT} -k second_turn",
+        ),
+    ),
+    *_in(
+        "passes/read_ranges.py",
+        (
+            "tear a lazy block apart",
+            "return None if in_block and site.status is not Status.REFUSED else latents_of(site)",
+            "return latents_of(site)",
+            f"{LATENT} -k lazy",
+        ),
     ),
     *_in(
         "avl_fx/growing.py",
@@ -789,7 +885,7 @@ MUTATIONS: list[Mutation] = [
         ("keep the mask of all tokens", "site.node.update_arg(_MASK, fitted)", "pass", RESOLVE),
         (
             "let anybody read stored rows",
-            'return all(user in sites or user.op == "output" for user in node.users)',
+            'return all(user in readers or user.op == "output" for user in node.users)',
             "return True",
             RESOLVE,
         ),
@@ -898,6 +994,14 @@ MUTATIONS: list[Mutation] = [
     ),
     *_in(
         "passes/partition_modalities.py",
+        ("keep scores of each head", "if site.latent and (shape(scores)", "if False and (shape(scores)", LATENT),
+        (
+            "move rows whose mask is computed from hidden states",
+            "if _is_learned(mask):",
+            "if False:",
+            "tests/e2e/test_position_bias.py -k picks",
+        ),
+        ("partition latents in a lazy block", "if site.latent and _in_block(site):", "if False:", f"{LATENT} -k lazy"),
         (
             "partition calls that share a layer",
             'if site.kind == "full" and calls[site.layer] > 1:',

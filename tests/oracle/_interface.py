@@ -12,8 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class Oracle(Protocol):
@@ -84,7 +83,7 @@ def _plain(layers: list[Any], oracle: Oracle) -> Iterator[None]:
 
 # --- transformers ---
 
-# The modules that an oracle is in charge of at the moment; any other module attends densely.
+# The modules that an oracle is in charge of at the moment; any other module attends as it did.
 _in_charge: WeakKeyDictionary[nn.Module, tuple[Oracle, int]] = WeakKeyDictionary()
 
 
@@ -96,43 +95,53 @@ def _interface(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    unknown = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
+) -> tuple[Tensor, Tensor | None]:
+    if module not in _in_charge:
+        kwargs |= {} if position_bias is None else {"position_bias": position_bias}
+        return _STOCK(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs)
+    unknown = [name for name in ("softcap", "s_aux", "indices") if kwargs.get(name) is not None]
     if unknown or kwargs.get("dropout"):
         raise NotImplementedError(f"the oracle does not know {unknown or 'dropout'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and query.shape[2] > 1
-    if module in _in_charge:
-        oracle, layer = _in_charge[module]
-        out = oracle.attend(layer, query, key, value, attention_mask, scale, causal)
-    else:
-        out = attend(query, key, value, attention_mask, scale, causal)
+    if position_bias is not None:
+        attention_mask = _biased(position_bias, attention_mask, causal)
+    oracle, layer = _in_charge[module]
+    out = oracle.attend(layer, query, key, value, attention_mask, scale, causal)
     return out.transpose(1, 2).contiguous(), None
 
 
-for _masks in ("sdpa", "eager"):
-    AttentionInterface.register(f"oracle_{_masks}", _interface)
-    AttentionMaskInterface.register(f"oracle_{_masks}", ALL_MASK_ATTENTION_FUNCTIONS[_masks])
+def _biased(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """What a layer adds to its logits by itself [B, H, Q, K], and what it may not see, as one additive mask."""
+    if mask is None and causal:
+        mask = torch.ones(bias.shape[2:], dtype=torch.bool, device=bias.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+    return bias if mask is None else bias + mask
+
+
+_NAMES = ("sdpa", "eager")
+_STOCK = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 @contextmanager
 def _transformers(model: Any, layers: list[nn.Module], oracle: Oracle) -> Iterator[None]:
-    """Point the decoder's configs at our interface. Masks stay those of the implementation that the model had."""
+    """Stand in for what the model attends with, under its own name: some mask their keys only where they know that."""
+    used = model.config.get_text_config()._attn_implementation
+    assert used in _NAMES, used
     inside = [(module, index) for index, layer in enumerate(layers) for module in layer.modules()]
-    configs = {id(config): config for module, _ in inside if (config := getattr(module, "config", None)) is not None}
-    text = model.config.get_text_config()
-    configs[id(text)] = text
-    before = {key: config._attn_implementation for key, config in configs.items()}
     for module, index in inside:
         _in_charge[module] = (oracle, index)
-    for config in configs.values():
-        config._attn_implementation = f"oracle_{config._attn_implementation}"
+    for name in _NAMES:
+        ALL_ATTENTION_FUNCTIONS[name] = _interface
     try:
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
         for module, _ in inside:
             del _in_charge[module]
+        if not _in_charge:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = _STOCK
+            del ALL_ATTENTION_FUNCTIONS["eager"]  # it is each model's own
