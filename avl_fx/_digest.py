@@ -317,8 +317,8 @@ def _is_lazy(site: SiteReport) -> bool:
 
 
 def _has_no_keys(site: SiteReport) -> bool:
-    """Whether queries and keys of its own are neither made nor stored: mode ``gla``."""
-    return site.action.startswith("lazy (")
+    """Whether queries and keys of its own are neither made nor stored: mode ``gla``. Latents make values, too."""
+    return site.action.startswith("lazy (") and not site.latent
 
 
 def _savings(

@@ -222,6 +222,7 @@ class ObservedLayer:
     kv_heads: int
     head_dim: int
     value_dim: int
+    """Numbers a token that each key/value head stores: what a lazy layer would not, and what it would."""
     dtype: str
     linears: int
     """Linear layers of the graph that make nothing but this layer's query and key: what a lazy layer does without."""

@@ -16,7 +16,8 @@ from torch import fx
 # Importing the operator registers it.
 from avl_fx.kernels import last_rows as _last_rows  # noqa: F401
 from avl_fx.passes.context import ObservedAttention, ObservedLayer, PassContext
-from avl_fx.passes.nodes import METADATA_OPS, alias_root, op, writes_to
+from avl_fx.passes.latents import latents_of
+from avl_fx.passes.nodes import METADATA_OPS, alias_root, op, shape, writes_to
 from avl_fx.passes.partition_modalities import static_positions
 from avl_fx.passes.rewrite import insert_call
 from avl_fx.passes.share_queries import decoder_sites, why_not
@@ -66,6 +67,9 @@ def observe_attention(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             is_causal,
         )
         sizes = (site.heads, site.kv_heads, site.head_dim, site.value_dim)
+        latents = latents_of(site)
+        if latents is not None:  # of which a lazy layer still makes its values
+            sizes = (site.heads, 1, 0, sum((shape(n) or (0,))[-1] for n in latents))
         linears = _own_linears(site, rows)
         observed.layers.append(ObservedLayer(site.layer, site.kind, *sizes, site.dtype, linears, rows))
         result.count += 1

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from avl_fx.passes.absorb_latents import absorb_latents
+from avl_fx.passes.context import PassContext
 from avl_fx.passes.find_attention import find_attention
 from avl_fx.passes.latents import latents_of
 from avl_fx.plan import Plan
@@ -259,6 +260,18 @@ def test_a_prompt_that_takes_rows_of_their_own_has_no_whole_cache(expand: Expand
     found = check(Layer(Step(expand)), *arguments(queries=5), stages=(find_attention, absorb_latents))
     assert found.site.latent
     assert (latents_of(found.site) is None) == (expand is last_rows)
+
+
+def test_calibration_knows_that_a_lazy_layer_stores_all_of_them() -> None:
+    """They make its values, too."""
+
+    def observe(ctx: PassContext) -> None:
+        ctx.observe = True
+
+    found = rewrite(Layer(Step(copied)), *arguments(queries=5), edit=observe)
+    assert found.ctx.observed is not None
+    (layer,) = found.ctx.observed.layers
+    assert (layer.heads, layer.kv_heads, layer.head_dim, layer.value_dim) == (HEADS, 1, 0, RANK + ROPE)
 
 
 def test_what_has_a_gradient_keeps_its_own_way() -> None:
