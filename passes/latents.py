@@ -21,9 +21,7 @@ import torch
 from torch import fx
 
 from avl_fx.passes.nodes import (
-    alias_root,
     arg,
-    const,
     fake,
     mutated_inputs,
     op,
@@ -240,7 +238,9 @@ def _written_side_by_side(node: Any) -> tuple[fx.Node, fx.Node] | None:
     found.sort(key=operator.itemgetter(0))
     if len(found) != 2 or (found[0][0], found[0][1], found[1][1]) != (0, found[1][0], width):
         return None
-    if any(len(shape(source) or ()) != 4 for _, _, source in found):
+    # A copy may repeat what it is given; only heads are looked at later.
+    outer, inner = shape(node) or (), [shape(source) or () for _, _, source in found]
+    if any(len(sizes) != 4 or not all(same_size(sizes[d], outer[d]) for d in (0, 2)) for sizes in inner):
         return None
     return found[0][2], found[1][2]
 
@@ -261,4 +261,4 @@ def unchanged(tensors: Sequence[tuple[fx.Node, fx.Node]], node: fx.Node) -> bool
 
 def is_plain(weight: fx.Node) -> bool:
     """Whether ``weight`` is an ordinary tensor: no subclass, such as a quantised one, with a product of its own."""
-    return not hasattr(fake(weight), "__tensor_flatten__") and const(alias_root(weight)) is None
+    return not hasattr(fake(weight), "__tensor_flatten__")

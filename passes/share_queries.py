@@ -30,6 +30,8 @@ DECODER_ROLES = ("decoder", "cross")
 """Roles of sites that the plan's layer numbers mean."""
 
 _QUERY, _KEY, _VALUE, _MASK, _SCALE, _CAUSAL = range(6)
+_ONE_MASK = frozenset({"full", "sliding", "chunked"})
+"""Kinds whose mask follows from positions alone."""
 
 
 def share_queries(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
@@ -110,6 +112,9 @@ def why_not(site: Site, anchor: Site | None) -> tuple[Reason, str] | None:
         return Reason.ANCHOR_ELSEWHERE, "compile the whole decoder as one graph: avl_fx.compile(model, plan=...)"
     if site.kind == "cross" or anchor.kind != site.kind:
         return Reason.ANCHOR_KIND, f"{site.kind}, anchor {anchor.kind}"
+    if site.kind not in _ONE_MASK:
+        # A prompt within its budget may show the same mask, and a later step not.
+        return Reason.ANCHOR_MASK, f"{site.kind}: each layer may choose its own keys"
     if anchor.status is Status.REFUSED or anchor.node is None or site.node is None:
         return Reason.ANCHOR_REFUSED, str(anchor.reason)
     own = (site.heads, site.kv_heads, site.head_dim, site.dtype, site.batch, site.queries)

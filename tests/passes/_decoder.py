@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class LayerSpec:
     cross: bool = False
     mask: int = 0
     """Which of the masks the layer uses."""
+    declared: str = ""
+    """What the configuration calls the layer's attention."""
     escape: str = ""
     """Another way for the keys to leave: norm (something made of them is returned), twice (a view of them is returned
     as well), tied (values are made of new keys), summed (values are made of all keys)."""
@@ -46,6 +49,8 @@ class Attention(nn.Module):
         super().__init__()
         self.spec, self.layer_idx, self.scaling = spec, number, spec.scale
         self.is_sliding = spec.is_sliding
+        if spec.declared:
+            self.config = SimpleNamespace(layer_types=[spec.declared] * len(NAMES))
         self.q_proj = nn.Linear(WIDTH, spec.heads * spec.head_dim, bias=False)
         self.k_proj = nn.Linear(WIDTH, spec.kv_heads * spec.head_dim, bias=False)
         self.v_proj = nn.Linear(WIDTH, spec.kv_heads * spec.value_dim, bias=False)

@@ -158,7 +158,17 @@ def written_twice(latents: Tensor, rotated: Tensor, weight: Tensor) -> tuple[Ten
     return key, value
 
 
+def repeated(latents: Tensor, rotated: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotated key of the first row stands behind every key."""
+    nope, value = heads(latents, weight).split([NOPE, VALUE], -1)
+    key = nope.new_zeros(*nope.shape[:-1], NOPE + ROPE)
+    key[..., :NOPE].copy_(nope)
+    key[..., NOPE:].copy_(rotated[:, :, :1])
+    return key, value
+
+
 LOOKALIKES: dict[str, Expand] = {
+    "one row for all": repeated,
     "with a bias": biased,
     "values scaled": scaled,
     "each head has rotations of its own": own_rotations,

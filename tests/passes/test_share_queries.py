@@ -198,6 +198,17 @@ def test_an_anchor_that_differs_makes_all_its_layers_refused() -> None:
     assert not rewritten.ctx.dropped_keys
 
 
+@pytest.mark.parametrize(
+    ("declared", "anchors"),
+    [("chunked_attention", {2: 1, 3: 1}), ("indexed_attention", {})],
+    ids=["chunked", "indexed"],
+)
+def test_layers_that_choose_their_keys_do_not_share_a_choice(declared: str, anchors: dict[int, int]) -> None:
+    """Within its budget an indexer hides nothing, and masks look alike: what a prompt shows is no proof."""
+    rewritten = share([LayerSpec(declared=declared)] * 4, "cat", 1, anchors=anchors)
+    assert rewritten.result("share_queries").refused == ({} if anchors else {str(Reason.ANCHOR_MASK): 2})
+
+
 def test_cross_attention_is_never_lazy() -> None:
     """Its keys are those of the images, whichever layer asks."""
     layers = specs(4, layer2=LayerSpec(cross=True))
