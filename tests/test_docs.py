@@ -124,6 +124,20 @@ def test_decode_steps_take_what_was_measured(page):
     assert f"{exact:.1f} ms ({baseline / exact:.1f}x" in text
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])
+def test_latent_attention_takes_what_was_measured(page):
+    text, rows, caches = words(page), measured("latent_attention"), ("dynamic", "static")
+    (row,) = [r for r in rows if (r["batch"], r["visual"]) == (1, 2880)]
+    baseline = row[row["fastest_baseline"]]["median_ms"]
+    ours = min(row[f"identity, {c}"]["median_ms"] for c in caches)
+    assert f"{baseline:.1f} ms" in text
+    assert f"{ours:.1f} ms ({baseline / ours:.1f}x)" in text
+    if page == "docs/speed.md":
+        assert span([r[f"identity, {c}"]["over_baseline"] for r in rows for c in caches], 1) in text
+        own = [r[f"identity, {c}"]["median_ms"] / r[f"partitioned, {c}"]["median_ms"] for r in rows for c in caches]
+        assert span(own, 1) in text
+
+
 def test_attention_takes_what_was_measured():
     rows = [row for row in measured("partitioned_attention") if row["way"] == "core"]
     text = words("docs/speed.md")
