@@ -103,6 +103,19 @@ def test_partitioned_equals_oracle(cache, batch, text):
     assert all(site.latent and "partitioned" in site.action for site in steps(recorder))
 
 
+def test_all_heads_share_one_ranking():
+    """There is one head of latents, whatever the plan asks for."""
+    model = make()
+    inputs = LLAVA.inputs(model, batch=1)
+    plans = [Plan.avl(**SHARES, text=None, scores=scores) for scores in ("shared", "per_kv_head")]
+    runs, tokens = [], None
+    for plan in plans:
+        with through("avl_fx.compile", model, compiler="eager", plan=plan):
+            runs.append(prefill_and_decode(model, inputs, "dynamic", steps=4, tokens=tokens))
+        tokens = runs[0].tokens
+    assert largest(*runs) <= FLOAT32_TOLERANCE
+
+
 def test_a_compact_cache_stores_fewer_latents():
     """Through Inductor, and both tensors of a layer have the same rows."""
     model = make()

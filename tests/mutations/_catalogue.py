@@ -862,7 +862,7 @@ MUTATIONS: list[Mutation] = [
             "tear a lazy block apart",
             "return None if in_block and site.status is not Status.REFUSED else latents_of(site)",
             "return latents_of(site)",
-            f"{LATENT} -k lazy",
+            f"{ABSORB} -k shares_the_logits",
         ),
     ),
     *_in(
@@ -994,7 +994,12 @@ MUTATIONS: list[Mutation] = [
     ),
     *_in(
         "passes/partition_modalities.py",
-        ("keep scores of each head", "if site.latent and (shape(scores)", "if False and (shape(scores)", LATENT),
+        (
+            "keep scores of each head",
+            "if site.latent and (shape(scores)",
+            "if False and (shape(scores)",
+            f"{LATENT} -k one_ranking",
+        ),
         (
             "move rows whose mask is computed from hidden states",
             "if _is_learned(mask):",

@@ -140,7 +140,7 @@ def overlapping(latents: Tensor, rotated: Tensor, weight: Tensor) -> tuple[Tenso
     nope, value = heads(latents, weight).split([NOPE, VALUE], -1)
     key = nope.new_zeros(*nope.shape[:-1], NOPE + ROPE)
     key[..., :NOPE].copy_(nope)
-    key[..., NOPE - 1 : -1].copy_(rotated.expand(-1, HEADS, -1, -1))
+    key[..., NOPE - 1 :].copy_(F.pad(rotated, (1, 0)).expand(-1, HEADS, -1, -1))
     return key, value
 
 
@@ -348,6 +348,15 @@ def test_a_lazy_layer_takes_absorbed_queries_and_latents_of_its_anchor() -> None
         value = copied(*stored[number], weights[number])[1]
         wanted = F.scaled_dot_product_attention(query, key, value, scale=0.4)
         assert torch.allclose(found.outputs[number], wanted, atol=TOLERANCE[torch.float32])
+
+
+@needs_compiler
+@pytest.mark.usefixtures("short_caches_too")
+def test_a_lazy_block_shares_the_logits_of_whole_keys() -> None:
+    query, *new, latents, rotated, weight = arguments()
+    given = query, *new, latents, rotated, weight, latents.flip(2), rotated.flip(2), weight.flip(0)
+    found = rewrite(Two(), *given, plan=Plan.lazy([(0, 1)]))
+    assert [site.inherits for site in found.sites] == ["none", "all"]
 
 
 @needs_compiler
