@@ -45,7 +45,8 @@ def absorb_latents(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             continue
         _absorb(site, keys, values)
         result.count += 1
-    result.dropped_mutations = tuple(remove_dead(gm.graph, ctx.initially_unused, keep=ctx.keep()))
+    if result.count:
+        result.dropped_mutations = tuple(remove_dead(gm.graph, ctx.initially_unused, keep=ctx.keep()))
     return result
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from avl_fx.kernels.dispatch import implementation, keep_in_python
 from avl_fx.kernels.partitioned_decode.capacity import check_spare_row
-from avl_fx.kernels.partitioned_decode.schema import check_ranges, check_rows
+from avl_fx.kernels.partitioned_decode.schema import check_reading, check_rows
 
 __all__ = ["latent_decode"]
 
@@ -98,12 +98,7 @@ def check(
         raise ValueError("new_latents, new_rotated: only one of them is given. Fix: give both or neither.")
     check_rows("latents", latents, new_latents)
     check_rows("rotated", rotated, new_rotated)
-    check_ranges("segments", segments, batch)
-    if weigh is not None and (weigh.shape != (1,) or weigh.dtype != torch.int32):
-        raise ValueError(f"weigh: {tuple(weigh.shape)}, {weigh.dtype} instead of int32 [1].")
-    for name, tensor in (("latents", latents), ("rotated", rotated), ("segments", segments), ("weigh", weigh)):
-        if tensor is not None and tensor.device != query.device:
-            raise ValueError(f"{name}: on {tensor.device}, and the query on {query.device}. Fix: move them together.")
+    check_reading(query, segments, weigh, latents=latents, rotated=rotated)
 
 
 def _error(query, latents, rotated, new_latents, new_rotated, mask, segments, weigh, scale) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from avl_fx.kernels.dispatch import implementation, keep_in_python
 from avl_fx.kernels.partitioned_decode.capacity import check_spare_row
 
-__all__ = ["MAX_SEGMENTS", "check", "check_ranges", "check_rows", "decode_error", "partitioned_decode"]
+__all__ = ["MAX_SEGMENTS", "check", "check_ranges", "check_reading", "check_rows", "decode_error", "partitioned_decode"]
 
 MAX_SEGMENTS = 64
 """Key ranges a batch row may have."""
@@ -117,10 +117,15 @@ def check(
         raise ValueError("new_key, new_value: only one of them is given. Fix: give both or neither.")
     check_rows("key", key, new_key)
     check_rows("value", value, new_value)
-    check_ranges("segments", segments, batch)
+    check_reading(query, segments, weigh, key=key)
+
+
+def check_reading(query: Tensor, segments: Tensor | None, weigh: Tensor | None, **caches: Tensor) -> None:
+    """Raise unless ``segments`` and ``weigh`` are those of ``query``, and all of it is on one device."""
+    check_ranges("segments", segments, query.shape[0])
     if weigh is not None and (weigh.shape != (1,) or weigh.dtype != torch.int32):
         raise ValueError(f"weigh: {tuple(weigh.shape)}, {weigh.dtype} instead of int32 [1].")
-    for name, tensor in (("key", key), ("segments", segments), ("weigh", weigh)):
+    for name, tensor in (*caches.items(), ("segments", segments), ("weigh", weigh)):
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"{name}: on {tensor.device}, and the query on {query.device}. Fix: move them together.")
 
