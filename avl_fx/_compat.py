@@ -33,6 +33,7 @@ __all__ = [
     "copy_module",
     "cpp_compiler",
     "decoder_depth",
+    "decoder_modules",
     "frame_modules",
     "fresh_compilation",
     "graph_breaks",
@@ -133,20 +134,26 @@ class FrameModules:
         modules = () if outermost is None else outermost.modules()
         return next((module for module in modules if decoder_depth(module) is not None), None)
 
-    def decoder_modules(self) -> frozenset[torch.nn.Module]:
-        """Modules of the language decoder, as the outermost module names it; empty when it names none.
+    def decoder_modules(self) -> frozenset[torch.nn.Module] | None:
+        """Modules of the language decoder, as the outermost module names it; ``None`` when it names none.
 
-        ``get_decoder`` falls back to the model itself, also for a vision encoder: only what embeds tokens counts.
+        ``get_decoder`` falls back to the model itself, also for a vision encoder. That one embeds no tokens: none then.
         """
         outermost = self._locals.get("self")
         if not isinstance(outermost, torch.nn.Module) or not hasattr(outermost, "get_decoder"):
-            return frozenset()
+            return None
         try:
             decoder: Any = cast(Any, outermost).get_decoder()
-            embeds = decoder.get_input_embeddings()
-        except (AttributeError, NotImplementedError, TypeError):
+            embeds: Any = decoder.get_input_embeddings()
+        except NotImplementedError:
             return frozenset()
-        return frozenset(decoder.modules()) if isinstance(embeds, torch.nn.Embedding) else frozenset()
+        except (AttributeError, TypeError):
+            return None
+        if isinstance(embeds, torch.nn.Embedding):
+            return decoder_modules(decoder)
+        # Something around an embedding may be of tokens (an adapter of PEFT) or of an image's positions.
+        parts = embeds.modules() if isinstance(embeds, torch.nn.Module) else ()
+        return None if any(isinstance(part, torch.nn.Embedding) for part in parts) else frozenset()
 
 
 def decoder_depth(model: Any) -> int | None:
@@ -175,6 +182,18 @@ def _decoder_config(model: Any) -> Any:
     # A part that is an encoder-decoder names its encoder's layers until it is asked for its decoder.
     nested = any(text is getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
     return text.get_text_config(decoder=True) if nested and text.is_encoder_decoder else text
+
+
+def decoder_modules(decoder: torch.nn.Module) -> frozenset[torch.nn.Module]:
+    """The modules of ``decoder`` without those of a vision encoder that is a part of it (Phi-4's).
+
+    Such are described by a part of the configuration that is not the one for text.
+    """
+    config, text = getattr(decoder, "config", None), _decoder_config(decoder)
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    others = [part for part in parts if part is not None and part is not text]
+    apart = (m for m in decoder.modules() if any(getattr(m, "config", None) is part for part in others))
+    return frozenset(decoder.modules()).difference(*(m.modules() for m in apart))
 
 
 def compile_module(

@@ -22,6 +22,7 @@ from avl_fx.passes.pipeline import run_stages
 from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.passes.site import Site, Status
 from avl_fx.record import GraphRecord, active_recorder
+from avl_fx.region_call import region_decoder
 from avl_fx.runtime import CompiledGraph
 
 __all__ = ["avl_backend"]
@@ -109,6 +110,7 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
 
 def _make_context(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> PassContext:
     resolver = _compat.frame_modules()
+    region = region_decoder()
     visual = None
     if given() is not None:
         visual = "given"
@@ -119,7 +121,7 @@ def _make_context(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Ba
         resolve_module=resolver.module,
         expected_layers=resolver.decoder_layers(),
         without_attention=resolver.without_attention(),
-        decoder_modules=resolver.decoder_modules(),
+        decoder_modules=resolver.decoder_modules() if region is None else region,
         carried_visual=visual,
         observe=active_observer() is not None,
         # CUDA graphs copy their inputs into memory of their own, without what lies behind their end.

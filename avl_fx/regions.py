@@ -24,6 +24,7 @@ from avl_fx.errors import CaptureError, OptionError
 from avl_fx.modality_hook import ModalityHook
 from avl_fx.options import parse_options
 from avl_fx.plan import Plan, PlanSpec
+from avl_fx.region_call import call_region
 from avl_fx.runtime import calls
 from avl_fx.wrappers import unwrapped, wrapping
 
@@ -101,14 +102,14 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
     regions = find_regions(model)
     for region in regions:
         settings = dict(_DECODER_SETTINGS) if region.role == "decoder" else {}
-        if not resolved.is_lossless:
+        if not resolved.is_lossless and region.role != "vision":
             # Past its recompile limit Dynamo runs the frame eagerly and says nothing; under a plan that drops keys
             # that would be a dense layer on a cache without keys.
             settings["fail_on_recompile_limit_hit"] = True
             settings["recompile_limit"] = RECOMPILE_LIMIT
         any_length = resolved.filters_prompts and region.role != "vision"
         silent = resolved == Plan.identity() or region.role == "vision" or kwargs.get("disable")
-        watched = None if silent else _Noticing(region.name)
+        watched = _Watched(region, None if silent else _Noticing(region.name))
         _compat.compile_module(region.module, settings, kwargs, _limit_hit, watched, any_length)
     hooks = [handle for module in wrapping(model) for handle in ModalityHook.install(module)]
     _compiled[unwrapped(model)] = _Compiled(regions, tuple(hooks), resolved)
@@ -142,6 +143,24 @@ def find_regions(model: nn.Module) -> tuple[Region, ...]:
         if not inside:
             regions.append(Region(_path(model, vision), vision, "vision"))
     return tuple(regions)
+
+
+class _Watched:
+    """Makes the calls of a region, so that the backend knows what it is, and lets ``notice`` see them."""
+
+    def __init__(self, region: Region, notice: _Noticing | None) -> None:
+        self._region, self._notice = region, notice
+
+    def __call__(self, call: Callable[[], Any]) -> Any:
+        if self._region.role == "model":
+            return self._noticed(call)
+        return call_region(self._decoder, lambda: self._noticed(call))
+
+    def _noticed(self, call: Callable[[], Any]) -> Any:
+        return call() if self._notice is None else self._notice(call)
+
+    def _decoder(self) -> frozenset[nn.Module]:
+        return frozenset() if self._region.role == "vision" else _compat.decoder_modules(self._region.module)
 
 
 class _Noticing:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -173,6 +173,23 @@ def _inherited(dtype: torch.dtype, heads: int, kv_heads: int, own: bool, anchor:
         inherited_decode_triton(logits, None, None, value, None, new, None, ranges, None, 0.1)
 
 
+def _latents(
+    dtype: torch.dtype, heads: int, mask: bool, append: bool, rank: int = 512, rope: int = 64, splits: int = 2
+) -> None:
+    from avl_fx.kernels.latent_decode import triton as module
+    from avl_fx.kernels.partitioned_decode import triton as weighing
+
+    latents, rotated = (torch.zeros(2, 1, 80, dim, dtype=dtype)[:, :, :64] for dim in (rank, rope))
+    new_latents, new_rotated = (torch.zeros(2, 1, 1, dim, dtype=dtype) if append else None for dim in (rank, rope))
+    segments, weigh = torch.zeros(2, 4, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    query, masked = torch.zeros(2, heads, 1, rank + rope, dtype=dtype), torch.zeros(2, 1, 1, 64 + append) > 0
+    several = mock.Mock(return_value=splits)
+    with mock.patch.object(module, "split_count", several), mock.patch.object(weighing, "split_count", several):
+        module.latent_decode_triton(
+            query, latents, rotated, new_latents, new_rotated, masked if mask else None, segments, weigh, 0.1
+        )
+
+
 def _scores(dtype: torch.dtype, heads: int, kv_heads: int, mask: str, window: int, head_dim: int = 128) -> None:
     from avl_fx.kernels.visual_scores.triton import visual_scores_triton
 
@@ -235,6 +252,17 @@ SPECIMENS: dict[str, tuple[str, Callable[[], None]]] = {
         "inherited_decode",
         lambda: _inherited(torch.bfloat16, 28, 4, True, anchor=True),
     ),
+    "bfloat16, 16 heads, 512 latents": ("latent_decode", lambda: _latents(torch.bfloat16, 16, False, True)),
+    "bfloat16, 128 heads, 512 latents, bool mask": (
+        "latent_decode",
+        lambda: _latents(torch.bfloat16, 128, True, True),
+    ),
+    "bfloat16, 128 heads, 512 latents, one split": (
+        "latent_decode",
+        lambda: _latents(torch.bfloat16, 128, False, True, splits=1),
+    ),
+    "float16, 32 heads, 256 latents": ("latent_decode", lambda: _latents(torch.float16, 32, False, False, 256)),
+    "float32, 16 heads, 512 latents": ("latent_decode", lambda: _latents(torch.float32, 16, False, True)),
     "bfloat16, 32/8 heads, causal": ("visual_scores", lambda: _scores(torch.bfloat16, 32, 8, "causal", 1)),
     "bfloat16, 28/4 heads, causal": ("visual_scores", lambda: _scores(torch.bfloat16, 28, 4, "causal", 1)),
     "bfloat16, 32/32 heads, causal": ("visual_scores", lambda: _scores(torch.bfloat16, 32, 32, "causal", 1)),
@@ -248,13 +276,20 @@ SPECIMENS: dict[str, tuple[str, Callable[[], None]]] = {
 """Name -> operator, and a call of its Triton implementation."""
 
 
-def launches(specimen: str) -> list[Launch]:
-    """The kernels that a specimen launches, with their arguments."""
+def launches(specimen: str, target: str = "sm_90") -> list[Launch]:
+    """The kernels that a specimen launches for one of `TARGETS`, with their arguments."""
     import importlib
 
     operator, call = SPECIMENS[specimen]
     recorded: list[Launch] = []
-    with _recording(importlib.import_module(f"avl_fx.kernels.{operator}.triton"), specimen, recorded):
+    importlib.import_module(f"avl_fx.kernels.{operator}.triton")
+    with ExitStack() as recording:
+        for name, module in tuple(sys.modules.items()):
+            # One operator may launch kernels of another.
+            if name.startswith("avl_fx.kernels.") and name.endswith(".triton"):
+                recording.enter_context(_recording(module, specimen, recorded))
+        hip = None if TARGETS[target][0] == "cuda" else "for a GPU that is not there"
+        recording.enter_context(mock.patch.object(torch.version, "hip", hip))
         call()
     return recorded
 
@@ -284,8 +319,8 @@ def main(arguments: list[str]) -> None:
     """Compile everything for every target, print one line each, and write the rows to a file if one is named."""
     rows = []
     for specimen in SPECIMENS:
-        for launch in launches(specimen):
-            for target in TARGETS:
+        for several in zip(*(launches(specimen, target) for target in TARGETS), strict=True):
+            for target, launch in zip(TARGETS, several, strict=True):
                 rows.append(row := compile_launch(launch, target))
                 print(f"{launch.name:60} {target:8}", *(f"{key}={row[key]}" for key in list(row)[3:]))
     if arguments:

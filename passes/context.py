@@ -262,8 +262,8 @@ class PassContext:
     """Depth of the model's decoder, where the model tells."""
     without_attention: frozenset[int] = frozenset()
     """Its layers that do something else, where the model tells."""
-    decoder_modules: frozenset[torch.nn.Module] = frozenset()
-    """Modules of the language decoder, where the model names it: evidence for a decoder that is not causal."""
+    decoder_modules: frozenset[torch.nn.Module] | None = None
+    """Modules of the language decoder, where the model names it; empty: this is no part of it. ``None``: unknown."""
     sites: list[Site] = field(default_factory=list)
     dropped_keys: list[DroppedKeys] = field(default_factory=list)
     visual: VisualSource | None = None

@@ -200,11 +200,15 @@ def reaches_output(node: fx.Node) -> bool:
 def _role(site: Site, module: torch.nn.Module | None, anchor: fx.Node, ctx: PassContext) -> str:
     if site.kind == "cross":
         return "cross"
+    known = ctx.decoder_modules
+    if site.cache in ("dynamic", "static") or (known is not None and module in known):
+        # A decoder's prefix may see itself whole (PaliGemma), and without a cache nothing else tells.
+        return "decoder"
+    if known is not None and (module is not None or not known):
+        # Which may be causal all the same (DeepSeek-OCR 2).
+        return "encoder"
     declared = getattr(module, "is_causal", None)
     if site.cache != "none" or site.mask == "causal" or declared is True:
-        return "decoder"
-    if module in ctx.decoder_modules:
-        # A prefix that sees itself whole (PaliGemma): not causal, and without a cache nothing else tells.
         return "decoder"
     if declared is False:
         return "encoder"

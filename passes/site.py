@@ -79,7 +79,7 @@ class Site:
     tower: str | None = None
     """Module path of the tower's layers, for instance ``model.language_model.layers``."""
     role: str = "unknown"
-    """``decoder``, ``encoder`` (bidirectional, no cache), ``cross`` or ``unknown``."""
+    """``decoder``, ``encoder`` (bidirectional, no cache; or of another part of the model), ``cross`` or ``unknown``."""
     layer: int | None = None
     depth: int | None = None
     """Number of layers of the tower, where the model tells."""

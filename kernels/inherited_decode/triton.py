@@ -20,7 +20,7 @@ from avl_fx.kernels.partitioned_decode.triton import (
     _mask,
     _range,
     _update,
-    merge_kernel,
+    merge,
     partitioned_decode_triton,
 )
 from avl_fx.kernels.splits import split_count
@@ -214,7 +214,6 @@ def inherited_decode_triton(
         inherited, left_out = inherited.contiguous(), keys - key.shape[2]
     kind, mask, mask_strides = _mask(mask, (batch, heads, 1, keys))
     splits = split_count(batch * kv_heads, keys, value.device)
-    block_v = max(16, triton.next_power_of_2(value_dim))
     out = value.new_empty(batch, heads, 1, value_dim)
     lse = value.new_empty(batch, heads, dtype=torch.float32)
     part_out = value.new_empty(batch * kv_heads, splits, group, value_dim, dtype=torch.float32)
@@ -252,20 +251,9 @@ def inherited_decode_triton(
         BLOCK_G=1 if group == 1 else max(16, triton.next_power_of_2(group)),
         BLOCK_K=BLOCK_KEYS,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_V=block_v,
+        BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
         BLOCK_S=triton.next_power_of_2(max(1, segments.shape[1])),
         BLOCK_I=1 if inherited is None else triton.next_power_of_2(max(1, inherited.shape[1])),
     )
-    merge_kernel[(batch * heads,)](
-        part_out,
-        part_max,
-        part_sum,
-        out,
-        lse,
-        splits,
-        GROUP=group,
-        VALUE_DIM=value_dim,
-        BLOCK_V=block_v,
-        BLOCK_P=triton.next_power_of_2(splits),
-    )
+    merge(part_out, part_max, part_sum, out, lse)
     return out

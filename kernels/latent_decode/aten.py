@@ -1,4 +1,4 @@
-"""`avl::latent_decode` in ATen, on a GPU and on a CPU without a C++ compiler: whole rows of logits, on any device.
+"""`avl::latent_decode` in ATen, on a CPU without a C++ compiler: whole rows of logits, on any device.
 
 Which keys are read is looked at on the device, so nothing waits for it; those that are not are multiplied with all the
 same, and hidden.

@@ -22,6 +22,10 @@ BLOCK_KEYS = 32
 """Keys of one tile. With 64, seven heads of 128 dimensions and a mask do not fit into the registers of sm_100."""
 WEIGHED_KEYS = 128
 """Keys of one tile of weights, for which nothing but logits is loaded."""
+MOST_LOGITS = 8192
+"""Of such a tile: the more heads share a key, the fewer keys it holds."""
+MERGED_VALUES = 128
+"""Values of a head that one program joins, of up to `MAX_SPLITS` splits."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -245,9 +249,9 @@ def merge_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Joins the splits of one query head, and keeps the logarithm of its sum."""
+    """Joins the splits of one query head for a share of the values, and keeps the logarithm of its sum."""
     head = tl.program_id(0).to(tl.int64)
-    p, v = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_V)
+    p, v = tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     part = ((head // GROUP) * splits + p) * GROUP + head % GROUP
     most = tl.load(part_max + part, mask=p < splits, other=float("-inf"))
     sums = tl.load(part_sum + part, mask=p < splits, other=0.0)
@@ -260,8 +264,9 @@ def merge_kernel(
     divisor = tl.where(total == 0.0, 1.0, total)
     result = tl.sum(factor[:, None] * parts, axis=0) / divisor
     tl.store(out + head * VALUE_DIM + v, result.to(out.dtype.element_ty), mask=v < VALUE_DIM)
-    # A row that sees nothing has weights 0 = exp2(-inf).
-    tl.store(lse + head, tl.where(total == 0.0, float("inf"), base + tl.log2(divisor)))
+    if tl.program_id(1) == 0:
+        # A row that sees nothing has weights 0 = exp2(-inf).
+        tl.store(lse + head, tl.where(total == 0.0, float("inf"), base + tl.log2(divisor)))
 
 
 @triton.jit(do_not_specialize=["keys"])
@@ -337,8 +342,6 @@ def partitioned_decode_triton(
     query = query if query.stride(3) == 1 else query.contiguous()
     kind, mask, mask_strides = _mask(mask, (batch, heads, 1, seen))
     splits = split_count(batch * kv_heads, seen, query.device)
-    block_s = triton.next_power_of_2(max(1, segments.shape[1]))
-    block_v = max(16, triton.next_power_of_2(value_dim))
 
     out = query.new_empty(batch, heads, 1, value_dim)
     weights = query.new_empty(batch, kv_heads, 0 if weigh is None else seen, dtype=torch.float32)
@@ -382,26 +385,48 @@ def partitioned_decode_triton(
         KEEP=keep,
         WHOLE=splits == 1,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_V=block_v,
-        BLOCK_S=block_s,
+        BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_S=triton.next_power_of_2(max(1, segments.shape[1])),
         **tile(query.dtype, group, kind),
     )
-    if splits > 1:
-        merge_kernel[(batch * heads,)](
-            parts,
-            part_max,
-            part_sum,
-            out,
-            lse,
-            splits,
-            GROUP=group,
-            VALUE_DIM=value_dim,
-            BLOCK_V=block_v,
-            BLOCK_P=triton.next_power_of_2(splits),
-        )
-    if weigh is None:
-        return out, weights
-    weigh_kernel[(batch * kv_heads, splits)](
+    if part_max is not None and part_sum is not None:
+        merge(parts, part_max, part_sum, out, lse)
+    if kept is not None and weigh is not None:
+        weigh_keys(kept, segments, weigh, lse, weights)
+    return out, weights
+
+
+def merge(parts: Tensor, part_max: Tensor, part_sum: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Join what splits of the keys came to.
+
+    Args:
+        parts: sums of weighted values, float32 ``[programs, splits, heads of a program, value_dim]``.
+        part_max, part_sum: of the running softmax, float32 ``[programs, splits, heads of a program]``.
+        out: receives the result, ``[batch, heads, 1, value_dim]``.
+        lse: receives the logarithm to base 2 of each head's sum, float32 ``[batch, heads]``.
+    """
+    _, splits, group, value_dim = parts.shape
+    block_v = min(MERGED_VALUES, max(16, triton.next_power_of_2(value_dim)))
+    merge_kernel[(lse.numel(), triton.cdiv(value_dim, block_v))](
+        parts,
+        part_max,
+        part_sum,
+        out,
+        lse,
+        splits,
+        GROUP=group,
+        VALUE_DIM=value_dim,
+        BLOCK_V=block_v,
+        BLOCK_P=triton.next_power_of_2(splits),
+    )
+
+
+def weigh_keys(kept: Tensor, segments: Tensor, weigh: Tensor, lse: Tensor, weights: Tensor) -> None:
+    """Turn logits ``kept``, [batch, heads, keys], into ``weights``, [batch, kv_heads, keys], where ``weigh`` asks."""
+    batch, heads, seen = kept.shape
+    kv_heads = weights.shape[1]
+    block_g = triton.next_power_of_2(heads // kv_heads)
+    weigh_kernel[(batch * kv_heads, split_count(batch * kv_heads, seen, kept.device))](
         kept,
         segments,
         weigh,
@@ -410,12 +435,11 @@ def partitioned_decode_triton(
         seen,
         kv_heads,
         segments.shape[1],
-        GROUP=group,
-        BLOCK_G=triton.next_power_of_2(group),
-        BLOCK_K=WEIGHED_KEYS,
-        BLOCK_S=block_s,
+        GROUP=heads // kv_heads,
+        BLOCK_G=block_g,
+        BLOCK_K=max(16, min(WEIGHED_KEYS, MOST_LOGITS // block_g)),
+        BLOCK_S=triton.next_power_of_2(max(1, segments.shape[1])),
     )
-    return out, weights
 
 
 def tile(dtype: torch.dtype, group: int, mask: str) -> dict[str, int]:

@@ -34,14 +34,13 @@ TEXT = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
-    "sliding_window": 4,
 }
 
 
 def make(attn_implementation="sdpa", dtype=torch.float32, seed=0):
     config = UnlimitedOcrConfig(
         vision_config={"sam_config": SAM, "encoder_config": {**VISION, "image_size": 8, "patch_size": 2}},
-        text_config=TEXT,
+        text_config={**TEXT, "sliding_window": 4},
         image_token_id=IMAGE,
     )
     return build(UnlimitedOcrForConditionalGeneration, config, attn_implementation, dtype, seed)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from avl_fx.kernels.inherited_decode import anchor_decode_reference
 from avl_fx.kernels.inherited_decode.triton import anchor_decode_triton, inherited_decode_triton
+from avl_fx.kernels.latent_decode import latent_decode_reference
+from avl_fx.kernels.latent_decode.triton import latent_decode_triton
 from avl_fx.kernels.partition import triton as partition_kernels
 from avl_fx.kernels.partition.triton import partition_layers_triton, partition_triton
 from avl_fx.kernels.partitioned_decode import partitioned_decode_reference
@@ -25,6 +27,7 @@ from avl_fx.kernels.visual_scores.triton import visual_scores_triton
 from tests.e2e._covering import rest_in_matrix
 from tests.kernels import (
     test_inherited_decode,
+    test_latent_decode,
     test_partition,
     test_partitioned_decode,
     test_reselect,
@@ -68,6 +71,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 attend = on_device(partitioned_decode_triton)
+attend_latents = on_device(latent_decode_triton)
 anchor = on_device(anchor_decode_triton)
 inherit = on_device(inherited_decode_triton)
 score = on_device(visual_scores_triton)
@@ -197,6 +201,62 @@ def test_decode_without_ranges(appends: bool) -> None:
 def test_decode_of_many_segments() -> None:
     case = Decode(keys=200, batch=1)
     check_decode(case, [[(3 * i, 2) for i in range(64)]])
+
+
+# ---- avl::latent_decode ----------------------------------------------------------------------------------------------
+
+
+def check_latents(case: Decode, *arguments: Any, **more: Any) -> None:
+    test_latent_decode.check(case, *arguments, **more, implementations=(attend_latents,))
+
+
+@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
+@pytest.mark.parametrize("heads", [1, 16, pytest.param(20, id="20, a tile and a part of one")])
+def test_latent_dtypes_and_heads(dtype: torch.dtype, heads: int) -> None:
+    skip_products_of_bfloat16(dtype)
+    case = test_latent_decode.latent_case(heads=heads, dtype=dtype)
+    rows = test_partitioned_decode.SHAPES["ragged"]
+    check_latents(case, rows, case.visible((2, 1, 1, 40)))
+    check_latents(case, rows, torch.randn(2, heads, 1, 40, generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize("layout", rest_in_matrix(test_partitioned_decode.LAYOUTS, ["heads inside"]))
+@pytest.mark.parametrize("shape", test_partitioned_decode.SHAPES)
+def test_latent_ranges_and_rows_that_are_stored(shape: str, layout: str) -> None:
+    rows = test_partitioned_decode.SHAPES[shape]
+    case = test_latent_decode.latent_case(heads=18, layout=layout)
+    check_latents(case, rows, case.visible((2, 18, 1, 41)), True)
+
+
+@pytest.mark.parametrize("keys", [1, 63, 1000])
+def test_latent_awkward_lengths(keys: int) -> None:
+    case, third = test_latent_decode.latent_case(heads=6, keys=keys, batch=1, rank=40), keys // 3
+    check_latents(case, [[(keys - third, third), (0, third)]])
+    check_latents(case, None, None, True)
+
+
+def test_latent_decode_does_not_see_what_is_hidden() -> None:
+    """Rows outside of the ranges, and rows that the mask hides from all heads, may hold anything."""
+    case = test_latent_decode.latent_case(heads=4)
+    visible = case.visible((2, 1, 1, 40))
+    rows = test_partitioned_decode.SHAPES["ragged"]
+    ranges, wanted = test_partitioned_decode.segments(rows), test_partitioned_decode.asked()
+    query, latents, rotated = test_latent_decode.tensors(case)
+    clean = latent_decode_reference(query, latents, rotated, None, None, visible, ranges, wanted, 0.3)
+    hidden = ~(visible & test_inherited_decode.covered(rows, 40))[:, 0, 0]
+    latents[:, 0][hidden], rotated[:, 0][hidden] = torch.nan, torch.inf
+    result = attend_latents(query, latents, rotated, None, None, visible, ranges, wanted, 0.3)
+    for got, expected in zip(result, clean, strict=True):
+        assert test_partitioned_decode.error(got, expected) <= 3e-6
+
+
+def test_latent_decode_shows_nan_that_is_read() -> None:
+    query, *caches = test_latent_decode.tensors(test_latent_decode.latent_case(heads=4))
+    ranges = test_partitioned_decode.segments([[(0, 3)], [(39, 1)]])
+    for number in (0, 1):
+        broken = [torch.full_like(x, torch.nan) if i == number else x for i, x in enumerate(caches)]
+        out, _ = attend_latents(query, *broken, None, None, None, ranges, test_partitioned_decode.asked(False), 0.3)
+        assert out.isnan().all()
 
 
 # ---- avl::anchor_decode and avl::inherited_decode --------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -29,6 +29,8 @@ from tests.kernels.test_partitioned_decode import (
     segments,
     truth,
 )
+
+Attend = Callable[..., tuple[Tensor, Tensor]]
 
 ROPE = 8
 SCALE = 0.3
@@ -66,8 +68,14 @@ def new(case: Case, seed: int = 7) -> tuple[Tensor, Tensor]:
     return rows[0], rows[1]
 
 
-def check(case: Case, rows: Rows | None, mask: Tensor | None = None, appends: bool = False) -> None:
-    """Reference against float64, an implementation and the operator against the reference."""
+def check(
+    case: Case,
+    rows: Rows | None,
+    mask: Tensor | None = None,
+    appends: bool = False,
+    implementations: Sequence[Attend] = (IMPLEMENTATIONS["cpu"], torch.ops.avl.latent_decode),
+) -> None:
+    """Reference and implementations against float64; what they store, too."""
     ranges = None if rows is None else segments(rows)
     query, latents, rotated = tensors(case)
     added = new(case) if appends else (None, None)
@@ -75,7 +83,7 @@ def check(case: Case, rows: Rows | None, mask: Tensor | None = None, appends: bo
         latents, rotated = (torch.cat(both, 2) for both in zip((latents, rotated), added, strict=True))  # type: ignore[arg-type]
     key = torch.cat([latents, rotated], 3)
     expected = truth(query, key, latents, mask, [DENSE] * case.batch if rows is None else rows, SCALE)
-    for attend in (latent_decode_reference, IMPLEMENTATIONS["cpu"], torch.ops.avl.latent_decode):
+    for attend in (latent_decode_reference, *implementations):
         for weigh in (asked(), asked(False), None):
             stored = tensors(case)[1:]
             out, weights = attend(query, *stored, *added, mask, ranges, weigh, SCALE)

@@ -13,6 +13,7 @@ import torch
 CASES = Path(__file__).parent / "_triton_cases.py"
 PARTS = {
     "decode": "test_decode",
+    "latents": "test_latent",
     "anchors and lazy layers": "test_anchor or test_inherited",
     "scores, moves and choices": "test_scores or test_moves or test_reselects",
 }
@@ -48,7 +49,7 @@ def test_interpreted(part: str) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("part", list(PARTS)[1:])
+@pytest.mark.parametrize("part", PARTS)
 def test_the_rest_interpreted(part: str) -> None:
     pytest.importorskip("triton")
     run_cases(PARTS[part], "matrix", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
@@ -63,7 +64,7 @@ def test_on_a_gpu(part: str) -> None:
 
 def test_triton_is_imported_late() -> None:
     """The package works where Triton is not installed."""
-    operators = ("partitioned_decode", "visual_scores", "partition", "inherited_decode", "reselect")
+    operators = ("partitioned_decode", "visual_scores", "partition", "inherited_decode", "latent_decode", "reselect")
     check = f"import sys, {', '.join(f'avl_fx.kernels.{name}' for name in operators)}\n"
     check += "assert not [name for name in sys.modules if name.endswith('.triton') and name.startswith('avl_fx')]"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=CASES.parents[2], timeout=120)

@@ -39,7 +39,7 @@ CASES = [
 @pytest.mark.parametrize(("specimen", "target"), CASES)
 def test_compiles(specimen: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for launch in launches(specimen):
+    for launch in launches(specimen, target):
         row = compile_launch(launch, target)
         assert row["binary_bytes"] > 0, launch.name
         assert row["spills"] <= FEW_BYTES, f"{launch.name}: registers spill to memory"
@@ -55,7 +55,7 @@ def test_every_kernel_has_a_specimen() -> None:
         # What others call inside of a kernel starts with an underscore, and is compiled with them.
         jitted = {name for name, value in vars(module).items() if isinstance(value, JITFunction) and name[0] != "_"}
         launched = {launch.kernel.fn.__name__ for launch in launches(FIRST[operator])}
-        assert launched == jitted
+        assert jitted <= launched
 
 
 def test_the_recorded_table_has_every_kernel() -> None:

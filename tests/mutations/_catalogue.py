@@ -48,6 +48,7 @@ MOVES = "tests/kernels/test_partition.py"
 RESELECT, ALIKE = "tests/kernels/test_reselect.py", f"{MOVES} -k laid_out_alike"
 ZONES = "tests/avl_fx/test_zones.py"
 STATE, AVL = "tests/avl_fx/test_partition.py", "tests/e2e/test_avl.py -m 'not matrix'"
+CAUSAL = "tests/e2e/test_causal_encoder.py"
 REWOUND = "tests/e2e/test_rewound_static_cache.py"
 OBSERVE, BLOCKS, CALIBRATE = f"{P}observe_attention.py", "tests/avl_fx/test_blocks.py", "tests/avl_fx/test_calibrate.py"
 MODES = "tests/e2e/test_lazy_modes.py -m 'not matrix'"
@@ -262,6 +263,18 @@ MUTATIONS: list[Mutation] = [
             "(slides is not False and isinstance(",
             "(isinstance(",
             f"{DESCRIBE} -k sliding_windows",
+        ),
+        (
+            "take a causal encoder for a decoder",
+            "    if known is not None and (module is not None or not known):\n",
+            "    if False:\n",
+            f"{DESCRIBE} -k looks",
+        ),
+        (
+            "take a prefix that sees itself whole for an encoder",
+            "(known is not None and module in known)",
+            "False",
+            f"{DESCRIBE} -k looks",
         ),
         ("call latent attention cross", "if apart and not (", "if apart or (", f"{DESCRIBE} -k latents"),
         ("call another layer's keys another sequence's", "None if shared else key", "key", f"{DESCRIBE} -k earlier"),
@@ -913,6 +926,18 @@ MUTATIONS: list[Mutation] = [
             "for module in wrapping(model) for",
             "for module in (model,) for",
             f"{WRAPPED} -k reaches",
+        ),
+        (
+            "compile a vision encoder as a decoder",
+            'if self._region.role == "vision" else',
+            "if False else",
+            f"{CAUSAL} -k 'explain or calibration'",
+        ),
+        (
+            "count the tower's sizes as the decoder's",
+            'if not resolved.is_lossless and region.role != "vision":',
+            "if not resolved.is_lossless:",
+            f"{CAUSAL} -k recompile",
         ),
         (
             "take a wrapper for the model",

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avl_fx.passes.context import PassContext
 from avl_fx.passes.find_attention import find_attention
 from avl_fx.passes.site import Site
 from tests.passes._graphs import rewrite
@@ -105,6 +106,45 @@ def test_shapes_and_scale() -> None:
 )
 def test_roles(role: str, attributes: dict[str, Any], mask: Any) -> None:
     assert site_of(Attention(**attributes), inputs(), None, mask).role == role
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("of", "role"), [("itself", "decoder"), ("others", "encoder"), ("nothing", "encoder")])
+def test_where_the_decoder_is_known_looks_do_not_count(of: str, role: str, causal: bool) -> None:
+    module = Attention(is_causal=causal)
+    known = {"itself": {module}, "others": {nn.Identity()}, "nothing": set()}[of]
+    found = rewrite(
+        Holder(module),
+        inputs(),
+        stages=(find_attention,),
+        edit=lambda ctx: setattr(ctx, "decoder_modules", frozenset(known)),
+    )
+    assert found.site.role == role
+
+
+def test_a_module_that_cannot_be_reached_may_be_any() -> None:
+    """A name in the graph that leads nowhere says nothing about the decoder, wherever that is."""
+
+    def lost(ctx: PassContext) -> None:
+        ctx.decoder_modules, ctx.resolve_module = frozenset({nn.Identity()}), lambda path: None
+
+    for mask, role in (("flag", "decoder"), (None, "encoder")):
+        holder = Holder(Attention())
+        assert rewrite(holder, inputs(), None, mask, stages=(find_attention,), edit=lost).site.role == role
+
+
+def test_a_cache_makes_a_decoder_of_what_the_model_does_not_name() -> None:
+    cache = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    found = rewrite(
+        Holder(Attention()),
+        inputs(1),
+        None,
+        None,
+        cache,
+        stages=(find_attention,),
+        edit=lambda ctx: setattr(ctx, "decoder_modules", frozenset()),
+    )
+    assert found.site.role == "decoder"
 
 
 @pytest.mark.parametrize("kind", ["none", "dynamic", "static"])
