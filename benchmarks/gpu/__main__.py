@@ -36,7 +36,13 @@ NO_GPU = 2
 def cells(settings: Settings) -> list[Cell]:
     """The whole grid, in the order in which it is measured."""
     models, batches = (TINY, TINY_BATCHES) if settings.tiny else (SHAPES, BATCHES)
-    grid = [Cell(phase, model, batch) for phase in PHASES for model in models for batch in batches]
+    grid = [
+        Cell(phase, name, batch)
+        for phase in PHASES
+        for name, model in models.items()
+        if phase in model.phases
+        for batch in batches
+    ]
     return ([TESTS] if settings.device != "cpu" else []) + grid
 
 
