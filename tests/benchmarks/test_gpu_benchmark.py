@@ -187,9 +187,11 @@ def test_the_grid_is_that_of_the_models() -> None:
     ids = [cell.id for cell in program.cells(Settings())]
     assert ids[0] == TESTS.id
     models = ("llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b")
-    wanted = {phase: models for phase in PHASES}
+    wanted = dict.fromkeys(PHASES, models)
     wanted["decode"] += ("deepseek-vl2-small",)
-    assert ids[1:] == [f"{phase}/{model}/{batch}" for phase in PHASES for model in wanted[phase] for batch in (1, 8, 32)]
+    assert ids[1:] == [
+        f"{phase}/{model}/{batch}" for phase in PHASES for model in wanted[phase] for batch in (1, 8, 32)
+    ]
 
 
 # ---- time, and what is in the file already ---------------------------------------------------------------------------
