@@ -177,8 +177,8 @@ class _Noticing:
             log.warning(
                 "%s ran eagerly, so the plan that it was compiled with did nothing. Dynamo skips code that it met "
                 "under a TorchDispatchMode (torch.utils.flop_counter) for good, all code while it is switched off "
-                "(torch.compiler.set_stance, TORCH_COMPILE_DISABLE), and modules with hooks of accelerate (a device_map "
-                "over several devices). Fix: switch it on, torch._dynamo.reset(), or load the model on one device.",
+                "(torch.compiler.set_stance, TORCH_COMPILE_DISABLE), and modules with hooks of accelerate (a "
+                "device_map over several devices). Fix: switch it on, torch._dynamo.reset(), or load it on one device.",
                 self._name or "The model",
             )
         return result
