@@ -126,8 +126,8 @@ def _serves(site: Site) -> bool:
     if site.kind != "full":
         return False
     if node.target is torch.ops.avl.attention.default and site.queries == 1:
-        # What a GPU's fused kernels take for a short cache has not been measured against it.
-        return site.device == "cpu" and decodes(site)
+        # What a GPU's fused kernels take for a short cache has not been measured against it; none takes latents.
+        return decodes(site) and (site.device == "cpu" or decoded_latents(site) is not None)
     # A prompt's is a start; a refused one is as the model wrote it.
     return node.target in (torch.ops.avl.attention.default, *_DECODES) and takes(fake(node.args[0]))
 

@@ -27,6 +27,9 @@ from avl_fx.kernels.splits import split_count
 
 __all__ = ["latent_decode_triton"]
 
+ROWS_PER_SPLIT = 128
+"""As many bytes as the keys and values that a split of `avl::partitioned_decode` has at least."""
+
 
 @triton.jit(do_not_specialize=["keys"])
 def attend_latents_kernel(
@@ -162,7 +165,7 @@ def latent_decode_triton(
     kind, mask, mask_strides = _mask(mask, (batch, heads, 1, keys))
     sizes = tile(query.dtype, rank)
     programs = batch * triton.cdiv(heads, sizes["BLOCK_H"])
-    splits = split_count(programs, keys, query.device)
+    splits = split_count(programs, keys, query.device, ROWS_PER_SPLIT)
 
     out = query.new_empty(batch, heads, 1, rank)
     weights = query.new_empty(batch, 1, 0 if weigh is None else keys, dtype=torch.float32)

@@ -14,11 +14,11 @@ import avl_fx
 from avl_fx import Plan
 from avl_fx.record import recording
 from tests._gpu import DEVICE, NEEDS_GPU, plain_float32  # noqa: F401  (a fixture)
-from tests.e2e import test_avl, test_identity
-from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest
+from tests.e2e import test_avl, test_identity, test_latent_attention
+from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
 from tests.oracle import avl_oracle
 from tests.zoo import ZOO
-from tests.zoo._run import on
+from tests.zoo._run import on, prefill_and_decode
 
 pytestmark = [*NEEDS_GPU, pytest.mark.usefixtures("plain_float32")]
 
@@ -46,6 +46,25 @@ def test_identity_equals_eager(case):
 @pytest.mark.parametrize("case", AVL, ids=test_avl.ids)
 def test_partitioned_equals_oracle(case):
     test_avl.check(*case, compiler="inductor", device=DEVICE)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("plan", ["identity", "partitioned"])
+def test_latents_are_read_as_they_lie(plan, cache):
+    settings, steps = test_latent_attention.SHARES, 8
+    model = test_latent_attention.make().to(DEVICE)
+    inputs = on(DEVICE, ZOO["llava"].inputs(model, batch=3))
+    expected = prefill_and_decode(model, inputs, cache, steps=steps)
+    tokens, chosen = expected.tokens, Plan.identity()
+    if plan == "partitioned":
+        dense, chosen = expected, Plan.avl(**settings, text=None)
+        with avl_oracle(model, ZOO["llava"].visual_positions(model, inputs), text=1.0, **settings):
+            expected = prefill_and_decode(model, inputs, cache, steps=steps, tokens=tokens)
+        assert largest(expected, dense) > 10 * FLOAT32_TOLERANCE
+    with through("avl_fx.compile", model, plan=chosen) as recorder:
+        got = prefill_and_decode(model, inputs, cache, steps=steps, tokens=tokens)
+    assert largest(got, expected) <= FLOAT32_TOLERANCE
+    assert all(site.latent for site in test_latent_attention.steps(recorder))
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

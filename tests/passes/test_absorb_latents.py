@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from avl_fx.passes.absorb_latents import absorb_latents
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.find_attention import find_attention
 from avl_fx.passes.latents import latents_of
+from avl_fx.passes.pipeline import STAGES
+from avl_fx.passes.site import PassResult
 from avl_fx.plan import Plan
 from tests._compiler import needs_compiler
 from tests.passes._graphs import TOLERANCE, Mark, Rewritten, check, counts, rewrite
@@ -365,6 +367,24 @@ def test_a_lazy_block_shares_the_logits_of_whole_keys() -> None:
 def test_a_step_on_a_cpu_reads_each_row_once(step: type[Step]) -> None:
     found = check(Layer(step(copied)), *arguments())
     assert counts(found.gm)["latent_decode"] == 1
+
+
+def on_a_gpu(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+    """A stage after which sites look as if their tensors were on one."""
+    for site in ctx.sites:
+        site.device = "cuda"
+    return PassResult("on_a_gpu")
+
+
+@pytest.mark.parametrize(("step", "cats"), [(Step, 3), (Static, 1)], ids=["dynamic", "static"])
+def test_a_step_on_a_gpu_reads_each_row_once(step: type[Step], cats: int) -> None:
+    """Fused kernels take no latents; what they are left with would put both parts of a key together at each step."""
+    stages = tuple(each for stage in STAGES for each in ((stage, on_a_gpu) if stage is find_attention else (stage,)))
+    found = check(Layer(step(copied)), *arguments(), stages=stages)
+    names = counts(found.gm)
+    assert names["latent_decode"] == 1
+    assert names["cat"] == cats, "of queries, and of cache and new row where that has no room yet"
+    assert names["scaled_dot_product_attention"] == 0
 
 
 @settings(max_examples=30, deadline=None)
