@@ -157,12 +157,14 @@ def _anchor(dtype: torch.dtype, heads: int, kv_heads: int, mask: bool) -> None:
     partitioned_decode_triton(query, key, value, new, new, masked, segments, None, 0.1, kept=kept)
 
 
-def _inherited(dtype: torch.dtype, heads: int, kv_heads: int, own: bool, anchor: bool = False) -> None:
+def _inherited(
+    dtype: torch.dtype, heads: int, kv_heads: int, own: bool, anchor: bool = False, head_dim: int = 128
+) -> None:
     from avl_fx.kernels.inherited_decode.triton import inherited_decode_triton
 
-    key, value = (torch.zeros(2, kv_heads, 80, 128, dtype=dtype)[:, :, :64] for _ in range(2))
-    new, ranges = torch.zeros(2, kv_heads, 1, 128, dtype=dtype), torch.zeros(2, 4, 2, dtype=torch.int64)
-    query, logits = torch.zeros(2, heads, 1, 128, dtype=dtype), torch.zeros(2, heads, 65)
+    key, value = (torch.zeros(2, kv_heads, 80, head_dim, dtype=dtype)[:, :, :64] for _ in range(2))
+    new, ranges = torch.zeros(2, kv_heads, 1, head_dim, dtype=dtype), torch.zeros(2, 4, 2, dtype=torch.int64)
+    query, logits = torch.zeros(2, heads, 1, head_dim, dtype=dtype), torch.zeros(2, heads, 65)
     if anchor:
         short, theirs = key[:, :, :32], torch.zeros_like(value)
         inherited_decode_triton(None, query, short, value, new, new, None, ranges, ranges, 0.1, theirs)
@@ -231,6 +233,15 @@ SPECIMENS: dict[str, tuple[str, Callable[[], None]]] = {
     ),
     "bfloat16, 28/4 heads": ("partitioned_decode", lambda: _decode(torch.bfloat16, 28, 4, "none", True)),
     "float32, 12/4 heads": ("partitioned_decode", lambda: _decode(torch.float32, 12, 4, "none", False, 64)),
+    "bfloat16, 8/4 heads of 256": ("partitioned_decode", lambda: _decode(torch.bfloat16, 8, 4, "none", True, 256)),
+    "bfloat16, 8/4 heads of 512, bool mask": (
+        "partitioned_decode",
+        lambda: _decode(torch.bfloat16, 8, 4, "bool", True, 512),
+    ),
+    "float32, 8/4 heads of 256, bool mask": (
+        "partitioned_decode",
+        lambda: _decode(torch.float32, 8, 4, "bool", True, 256),
+    ),
     "bfloat16, 32/32 heads, logits kept": ("partitioned_decode", lambda: _anchor(torch.bfloat16, 32, 32, False)),
     "bfloat16, 28/4 heads, logits kept, bool mask": (
         "partitioned_decode",
@@ -252,6 +263,10 @@ SPECIMENS: dict[str, tuple[str, Callable[[], None]]] = {
         "inherited_decode",
         lambda: _inherited(torch.bfloat16, 28, 4, True, anchor=True),
     ),
+    "bfloat16, 8/4 heads of 512, own and inherited": (
+        "inherited_decode",
+        lambda: _inherited(torch.bfloat16, 8, 4, True, head_dim=512),
+    ),
     "bfloat16, 16 heads, 512 latents": ("latent_decode", lambda: _latents(torch.bfloat16, 16, False, True)),
     "bfloat16, 128 heads, 512 latents, bool mask": (
         "latent_decode",
@@ -268,6 +283,11 @@ SPECIMENS: dict[str, tuple[str, Callable[[], None]]] = {
     "bfloat16, 32/32 heads, causal": ("visual_scores", lambda: _scores(torch.bfloat16, 32, 32, "causal", 1)),
     "float16, 28/4 heads, window 16": ("visual_scores", lambda: _scores(torch.float16, 28, 4, "bool", 16)),
     "float32, 12/12 heads, bias": ("visual_scores", lambda: _scores(torch.float32, 12, 12, "additive", 1, 64)),
+    "bfloat16, 8/4 heads of 512, window 8": (
+        "visual_scores",
+        lambda: _scores(torch.bfloat16, 8, 4, "bool", 8, 512),
+    ),
+    "float32, 8/4 heads of 256, causal": ("visual_scores", lambda: _scores(torch.float32, 8, 4, "causal", 1, 256)),
     "bfloat16": ("partition", lambda: _moves(torch.bfloat16, True)),
     "float32, keys alone": ("partition", lambda: _moves(torch.float32, False)),
     "bfloat16, several layers": ("partition", lambda: _moves_of_layers(torch.bfloat16)),

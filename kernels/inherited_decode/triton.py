@@ -12,7 +12,6 @@ from torch import Tensor
 
 from avl_fx.kernels.partitioned_decode.capacity import with_spare_row
 from avl_fx.kernels.partitioned_decode.triton import (
-    BLOCK_KEYS,
     LOG2_E,
     _extent,
     _hides,
@@ -22,6 +21,7 @@ from avl_fx.kernels.partitioned_decode.triton import (
     _update,
     merge,
     partitioned_decode_triton,
+    tile,
 )
 from avl_fx.kernels.splits import split_count
 
@@ -248,12 +248,16 @@ def inherited_decode_triton(
         MASK=kind,
         OWN=query is not None,
         ANCHOR=anchor_key is not None,
-        BLOCK_G=1 if group == 1 else max(16, triton.next_power_of_2(group)),
-        BLOCK_K=BLOCK_KEYS,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
         BLOCK_S=triton.next_power_of_2(max(1, segments.shape[1])),
         BLOCK_I=1 if inherited is None else triton.next_power_of_2(max(1, inherited.shape[1])),
+        **_tile(value.dtype, group, max(head_dim, value_dim)),
     )
     merge(part_out, part_max, part_sum, out, lse)
     return out
+
+
+def _tile(dtype: torch.dtype, group: int, dim: int) -> dict[str, int]:
+    """Sizes of a tile; what loads logits besides is given the warps of what loads a mask."""
+    return tile(dtype, group, "bool", dim) | {"BLOCK_G": 1 if group == 1 else max(16, triton.next_power_of_2(group))}

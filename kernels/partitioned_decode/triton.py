@@ -20,6 +20,8 @@ from avl_fx.kernels.splits import split_count
 
 BLOCK_KEYS = 32
 """Keys of one tile. With 64, seven heads of 128 dimensions and a mask do not fit into the registers of sm_100."""
+WIDE = 512
+"""Bytes of a row of keys or values beyond which a tile holds half as many."""
 WEIGHED_KEYS = 128
 """Keys of one tile of weights, for which nothing but logits is loaded."""
 MOST_LOGITS = 8192
@@ -387,7 +389,7 @@ def partitioned_decode_triton(
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
         BLOCK_S=triton.next_power_of_2(max(1, segments.shape[1])),
-        **tile(query.dtype, group, kind),
+        **tile(query.dtype, group, kind, max(head_dim, value_dim)),
     )
     if part_max is not None and part_sum is not None:
         merge(parts, part_max, part_sum, out, lse)
@@ -442,20 +444,32 @@ def weigh_keys(kept: Tensor, segments: Tensor, weigh: Tensor, lse: Tensor, weigh
     )
 
 
-def tile(dtype: torch.dtype, group: int, mask: str) -> dict[str, int]:
+def tile(dtype: torch.dtype, group: int, mask: str, dim: int) -> dict[str, int]:
     """Sizes of a tile and of the program that computes it.
 
     Args:
         dtype: of query, key and value.
         group: query heads of a key/value head.
         mask: its kind.
+        dim: elements of a key or a value, whichever has more.
     """
     # One head in half precision is padded: a product on matrix units lets the loads run ahead, a sum does not.
     rows = 1 if group == 1 and dtype == torch.float32 else max(16, triton.next_power_of_2(group))
-    if dtype == torch.float32 or mask != "none":
-        return {"BLOCK_G": rows, "BLOCK_K": BLOCK_KEYS}
+    sizes = {"BLOCK_G": rows, "BLOCK_K": BLOCK_KEYS}
+    width = triton.next_power_of_2(dim) * dtype.itemsize
+    if width > WIDE:
+        return sizes | _of_wide_rows(width, dtype)
+    if width > WIDE // 2 or mask != "none":
+        return sizes
     # Of 33 such choices the least loss over eight shapes on an H200; the best for one shape is up to a fifth faster.
-    return {"BLOCK_G": rows, "BLOCK_K": BLOCK_KEYS, "num_warps": 2, "num_stages": 3}
+    return sizes | {"num_warps": 2, "num_stages": 3}
+
+
+def _of_wide_rows(width: int, dtype: torch.dtype) -> dict[str, int]:
+    """What fits into the shared memory of an sm_86 or a gfx942, in half precision into registers too (Gemma 4)."""
+    if torch.version.hip is not None:  # with more warps its programs have fewer registers
+        return {"BLOCK_K": 16, "num_warps": 4} | ({"num_stages": 1} if width > 2 * WIDE else {})
+    return {"BLOCK_K": 16, "num_warps": 8} | ({"num_stages": 2} if dtype == torch.float32 else {})
 
 
 def _mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[str, Tensor | None, tuple[int, int, int]]:

@@ -17,6 +17,8 @@ from avl_fx.kernels.visual_scores.rows import scoring_rows
 BLOCK_KEYS = 64
 MAX_BLOCK_ROWS = 32
 """Sizes of one tile. With 64 rows of 128 dimensions and a mask, the registers of sm_100 do not suffice."""
+WIDE = 512
+"""Bytes of a query or key beyond which tiles are smaller."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-2e38)
@@ -250,8 +252,8 @@ def visual_scores_triton(
         mask, mask_strides = full.view(torch.uint8) if kind == "bool" else full, full.stride()
 
     splits = split_count(batch * kv_heads, keys, query.device)
-    share = triton.cdiv(triton.cdiv(keys, splits), BLOCK_KEYS) * BLOCK_KEYS
-    block_rows = min(MAX_BLOCK_ROWS, max(16, triton.next_power_of_2(count * group)))
+    block_rows, block_keys = _tile_sizes(query.dtype, count * group, head_dim)
+    share = triton.cdiv(triton.cdiv(keys, splits), block_keys) * block_keys
     part_max, part_sum = query.new_empty(2, batch * kv_heads, splits, count * group, dtype=torch.float32)
     scores = query.new_empty(batch, kv_heads, keys, dtype=torch.float32)
     strides = (*query.stride()[:3], *key.stride()[:3], *mask_strides)
@@ -261,13 +263,13 @@ def visual_scores_triton(
         "WINDOW": count,
         "MASK": kind,
         "BLOCK_M": block_rows,
-        "BLOCK_K": BLOCK_KEYS,
+        "BLOCK_K": block_keys,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
     }
     normalise_kernel[(batch * kv_heads, triton.cdiv(count * group, block_rows), splits)](
         query, key, mask, rows, part_max, part_sum, scale, keys, share, kv_heads, *strides, **sizes
     )
-    score_kernel[(batch * kv_heads, triton.cdiv(keys, BLOCK_KEYS))](
+    score_kernel[(batch * kv_heads, triton.cdiv(keys, block_keys))](
         query,
         key,
         mask,
@@ -285,3 +287,10 @@ def visual_scores_triton(
         BLOCK_P=triton.next_power_of_2(splits),
     )
     return scores
+
+
+def _tile_sizes(dtype: torch.dtype, rows: int, head_dim: int) -> tuple[int, int]:
+    """Rows and keys of a tile: fewer where they are wide, for the shared memory of an sm_86 or a gfx942."""
+    width = triton.next_power_of_2(head_dim) * dtype.itemsize
+    most, keys = (MAX_BLOCK_ROWS, BLOCK_KEYS) if width <= WIDE else (16, max(16, BLOCK_KEYS * WIDE // (2 * width)))
+    return min(most, max(16, triton.next_power_of_2(rows))), keys

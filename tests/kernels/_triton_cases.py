@@ -203,6 +203,15 @@ def test_decode_of_many_segments() -> None:
     check_decode(case, [[(3 * i, 2) for i in range(64)]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [256, 512])
+def test_decode_of_wide_rows(dim: int, dtype: torch.dtype) -> None:
+    """Gemma's: a tile of them holds fewer keys."""
+    case, rows = Decode(4, 2, head_dim=dim, dtype=dtype), test_partitioned_decode.SHAPES["ragged"]
+    check_decode(case, rows, case.visible((2, 1, 1, 40)))
+    check_decode(case, [test_partitioned_decode.DENSE] * 2)
+
+
 # ---- avl::latent_decode ----------------------------------------------------------------------------------------------
 
 
@@ -303,6 +312,12 @@ def test_inherited_ranges(shape: str, inherited: str) -> None:
     test_inherited_decode.check(case, rows, test_inherited_decode.INHERITED[inherited], None, inherit)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_inherited_wide_rows(dtype: torch.dtype) -> None:
+    case, rows = Decode(4, 2, head_dim=512, value_dim=512, dtype=dtype), test_partitioned_decode.SHAPES["ragged"]
+    test_inherited_decode.check(case, rows, test_inherited_decode.INHERITED["ragged"], None, inherit)
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_inherited_stores_the_new_row_and_nothing_else(own: bool) -> None:
     test_inherited_decode.check_new_row(Decode(value_dim=24), own, inherit)
@@ -331,6 +346,14 @@ def test_scores_dtypes_and_groups(dtype: torch.dtype, heads: int, kv_heads: int,
 def test_scores_awkward_lengths(queries: int) -> None:
     case = Scores(4, 2, queries, batch=1)
     check_scores(case, case.padded([queries // 3], [queries // 4]), window=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [256, 512])
+def test_scores_of_wide_rows(dim: int, dtype: torch.dtype) -> None:
+    """Rows and keys are spread over several tiles."""
+    case = Scores(8, 2, 40, batch=1, head_dim=dim, dtype=dtype)
+    check_scores(case, causal=True, window=7)
 
 
 def test_scores_of_more_rows_than_a_tile_holds() -> None:

@@ -680,6 +680,12 @@ MUTATIONS: list[Mutation] = [
     ),
     *_in(
         "passes/read_once.py",
+        (
+            "leave latents on a GPU to fused kernels",
+            "return decoded_latents(site) is not None",
+            "return False",
+            f"{ABSORB} -k on_a_gpu",
+        ),
         ("take what has no cache", 'return site.cache != "none" or', "return True or", f"{ONCE} -k left_alone"),
         ("take short caches", ">= least * threads", ">= 0", f"{ONCE} -k short"),
         ("take all calls for quick ones", "if is_dispatched() else", "if True else", f"{ONCE} -k sooner"),
@@ -783,6 +789,12 @@ MUTATIONS: list[Mutation] = [
     ),
     *_in(
         "passes/append_in_place.py",
+        (
+            "copy latents on a GPU at each step",
+            'site.device == "cpu" or decoded_latents(site) is not None',
+            'site.device == "cpu"',
+            f"{ABSORB} -k on_a_gpu",
+        ),
         (
             "swap keys and values",
             "past_value, new_key, new_value, *rest",

@@ -376,11 +376,17 @@ def on_a_gpu(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     return PassResult("on_a_gpu")
 
 
-@pytest.mark.parametrize(("step", "cats"), [(Step, 3), (Static, 1)], ids=["dynamic", "static"])
-def test_a_step_on_a_gpu_reads_each_row_once(step: type[Step], cats: int) -> None:
+@pytest.mark.parametrize(
+    ("step", "room", "cats"),
+    [(Step, 0, 3), (Step, 5, 1), (Static, 0, 1)],
+    ids=["dynamic", "dynamic, with room", "static"],
+)
+def test_a_step_on_a_gpu_reads_each_row_once(step: type[Step], room: int, cats: int) -> None:
     """Fused kernels take no latents; what they are left with would put both parts of a key together at each step."""
     stages = tuple(each for stage in STAGES for each in ((stage, on_a_gpu) if stage is find_attention else (stage,)))
-    found = check(Layer(step(copied)), *arguments(), stages=stages)
+    query, *new, latents, rotated, weight = arguments()
+    stored = (torch.cat([x, x.new_zeros(2, 1, room, x.shape[3])], 2)[:, :, :PAST] for x in (latents, rotated))
+    found = check(Layer(step(copied)), query, *new, *stored, weight, stages=stages)
     names = counts(found.gm)
     assert names["latent_decode"] == 1
     assert names["cat"] == cats, "of queries, and of cache and new row where that has no room yet"
