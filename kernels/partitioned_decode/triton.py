@@ -459,7 +459,7 @@ def tile(dtype: torch.dtype, group: int, mask: str, dim: int) -> dict[str, int]:
     width = triton.next_power_of_2(dim) * dtype.itemsize
     if width > WIDE:
         return sizes | _of_wide_rows(width, dtype)
-    if width > WIDE // 2 or mask != "none":
+    if width > WIDE // 2 or dtype == torch.float32 or mask != "none":
         return sizes
     # Of 33 such choices the least loss over eight shapes on an H200; the best for one shape is up to a fifth faster.
     return sizes | {"num_warps": 2, "num_stages": 3}
