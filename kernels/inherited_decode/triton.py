@@ -18,9 +18,11 @@ from avl_fx.kernels.partitioned_decode.triton import (
     _logits,
     _mask,
     _range,
+    _share,
     _update,
     merge,
     partitioned_decode_triton,
+    ranges,
     tile,
 )
 from avl_fx.kernels.splits import split_count
@@ -113,10 +115,7 @@ def inherit_kernel(
         key += batch_row * key_batch + kv_head * key_head
         their_used, _ = _extent(inherited, batch_row, anchor_keys, inherited_entries, BLOCK_I)
 
-    used, count = _extent(segments, batch_row, keys, entries, BLOCK_S)
-    share = tl.cdiv(tl.cdiv(count, splits), BLOCK_K) * BLOCK_K
-    first = split * share
-    end = tl.minimum(first + share, count)
+    used, _, first, end = _share(segments, batch_row, keys, entries, split, splits, BLOCK_K, BLOCK_S)
 
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
@@ -201,10 +200,7 @@ def inherited_decode_triton(
     batch, kv_heads, keys, value_dim = value.shape
     heads = (query if query is not None else logits).shape[1]  # type: ignore[union-attr]
     group = heads // kv_heads
-    if segments is None:
-        segments = value.new_zeros(batch, 1, 2, dtype=torch.int64)
-        segments[..., 1] = keys
-    segments, logits = segments.contiguous(), None if logits is None else logits.contiguous()
+    segments, logits = ranges(segments, value, keys), None if logits is None else logits.contiguous()
     query_strides: tuple[int, ...] = (0, 0)
     key_strides: tuple[int, ...] = (0, 0, 0)
     head_dim, left_out = 1, 0

@@ -14,13 +14,14 @@ from avl_fx.kernels.partitioned_decode.capacity import with_spare_row
 from avl_fx.kernels.partitioned_decode.triton import (
     LN_2,
     LOG2_E,
-    _extent,
     _finished,
     _hides,
     _mask,
     _range,
+    _share,
     _update,
     merge,
+    ranges,
     weigh_keys,
 )
 from avl_fx.kernels.splits import split_count
@@ -91,10 +92,7 @@ def attend_latents_kernel(
         row_of = (batch_row * HEADS + h)[:, None] * keys
         keeps = in_heads[:, None] & (tl.load(keep_if) != 0)
 
-    used, count = _extent(segments, batch_row, keys, entries, BLOCK_S)
-    share = tl.cdiv(tl.cdiv(count, splits), BLOCK_K) * BLOCK_K
-    first = split * share
-    end = tl.minimum(first + share, count)
+    used, _, first, end = _share(segments, batch_row, keys, entries, split, splits, BLOCK_K, BLOCK_S)
 
     most = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
@@ -157,10 +155,7 @@ def latent_decode_triton(
         latents.narrow(2, latents.shape[2] - 1, 1).copy_(new_latents)
         rotated.narrow(2, rotated.shape[2] - 1, 1).copy_(new_rotated)
     keys, rank, rope = latents.shape[2], latents.shape[3], rotated.shape[3]
-    if segments is None:
-        segments = query.new_zeros(batch, 1, 2, dtype=torch.int64)
-        segments[..., 1] = keys
-    segments = segments.contiguous()
+    segments = ranges(segments, query, keys)
     query = query if query.stride(3) == 1 else query.contiguous()
     kind, mask, mask_strides = _mask(mask, (batch, heads, 1, keys))
     sizes = tile(query.dtype, rank)

@@ -55,6 +55,16 @@ def _extent(segments, batch_row, keys, entries, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
+def _share(segments, batch_row, keys, entries, split, splits, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
+    """What `_extent` says, and which of the keys, numbered through, are those of a split: the first, one behind the
+    last."""
+    used, count = _extent(segments, batch_row, keys, entries, BLOCK_S)
+    share = tl.cdiv(tl.cdiv(count, splits), BLOCK_K) * BLOCK_K
+    first = split * share
+    return used, count, first, tl.minimum(first + share, count)
+
+
+@triton.jit
 def _hides(mask, head, position, read, stride_head, stride_key, GROUP: tl.constexpr, MASK: tl.constexpr):
     """What the mask adds to the logits of ``[heads, keys]``, in units of log 2: 0, any bias, or -inf."""
     inside = (head < GROUP)[:, None] & read[None, :]
@@ -158,10 +168,7 @@ def attend_kernel(
         if KEEP == "wanted":
             keeps = keeps & (tl.load(keep_if) != 0)
 
-    used, count = _extent(segments, batch_row, keys, entries, BLOCK_S)
-    share = tl.cdiv(tl.cdiv(count, splits), BLOCK_K) * BLOCK_K
-    first = split * share
-    end = tl.minimum(first + share, count)
+    used, count, first, end = _share(segments, batch_row, keys, entries, split, splits, BLOCK_K, BLOCK_S)
 
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
@@ -337,10 +344,7 @@ def partitioned_decode_triton(
         new_strides = (*new_key.stride()[:2], *new_value.stride()[:2])
     seen = key.shape[2]
     group = heads // kv_heads
-    if segments is None:
-        segments = query.new_zeros(batch, 1, 2, dtype=torch.int64)
-        segments[..., 1] = seen
-    segments = segments.contiguous()
+    segments = ranges(segments, query, seen)
     query = query if query.stride(3) == 1 else query.contiguous()
     kind, mask, mask_strides = _mask(mask, (batch, heads, 1, seen))
     splits = split_count(batch * kv_heads, seen, query.device)
@@ -442,6 +446,14 @@ def weigh_keys(kept: Tensor, segments: Tensor, weigh: Tensor, lse: Tensor, weigh
         BLOCK_K=max(16, min(WEIGHED_KEYS, MOST_LOGITS // block_g)),
         BLOCK_S=triton.next_power_of_2(max(1, segments.shape[1])),
     )
+
+
+def ranges(segments: Tensor | None, like: Tensor, keys: int) -> Tensor:
+    """The ranges that the kernels read, contiguous: ``segments``, or all ``keys`` for each batch row of ``like``."""
+    if segments is None:
+        segments = like.new_zeros(like.shape[0], 1, 2, dtype=torch.int64)
+        segments[..., 1] = keys
+    return segments.contiguous()
 
 
 def tile(dtype: torch.dtype, group: int, mask: str, dim: int) -> dict[str, int]:
