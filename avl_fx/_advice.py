@@ -16,6 +16,7 @@ __all__ = ["Facts", "advise"]
 _REMEDIES: dict[Reason, str] = {
     Reason.DROPOUT: "call model.eval()",
     Reason.FLEX: "load the model with attn_implementation='sdpa'",
+    Reason.LIBRARY: "load the model with attn_implementation='sdpa', or call torch's scaled_dot_product_attention",
     Reason.WEIGHTS_USED: "drop output_attentions=True",
     Reason.ANCHOR_ELSEWHERE: f"capture the decoder as one graph with {WHOLE}",
     Reason.ANCHOR_KIND: "keep layers of one kind (full, sliding) in a block",
@@ -36,6 +37,8 @@ class Facts:
 
     plan: Plan
     front_door: str
+    kernels: dict[str, str]
+    """As in `Report`."""
     decoder: DecoderReport
     graphs: tuple[GraphReport, ...]
     sites: tuple[SiteReport, ...]
@@ -61,11 +64,8 @@ def advise(facts: Facts) -> tuple[str, ...]:
             f"The model is a wrapper, and generate calls the {facts.bypassed} inside of it: compile that one, or use "
             f"{WHOLE}, which finds it.",
         )
-    return tuple(
-        line
-        for rule in (_failures, _missing, _pieces, _refusals, *READS_RULES, _vision, _visual, _training, _no_decode)
-        for line in rule(facts)
-    )
+    rules = (_failures, _kernels, _missing, _pieces, _refusals, *READS_RULES, _vision, _visual, _training, _no_decode)
+    return tuple(line for rule in rules for line in rule(facts))
 
 
 def _failures(facts: Facts) -> Iterator[str]:
@@ -75,6 +75,17 @@ def _failures(facts: Facts) -> Iterator[str]:
             f"A pass failed on graph {', '.join(map(str, failed))}, which was compiled as the model wrote it. Please "
             "report it with the files of explain(..., keep_graphs=True).dump(folder)."
         )
+
+
+def _kernels(facts: Facts) -> Iterator[str]:
+    names = [name for name, ran in facts.kernels.items() if name == ran]
+    if not names:
+        return
+    where = f"The model attends in {', '.join(names)}, where no pass sees it"
+    if facts.front_door == "avl_fx.compile":
+        yield f"{where}, and cannot change that: load it with attn_implementation='sdpa'."
+    else:
+        yield f"{where}: load it with attn_implementation='sdpa', or use {WHOLE}, which lets it attend so."
 
 
 def _missing(facts: Facts) -> Iterator[str]:

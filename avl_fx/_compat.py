@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "BackendErrorBase",
     "FrameModules",
+    "attention_implementation",
     "compile_arguments",
     "compile_graph",
     "compile_module",
@@ -42,9 +43,11 @@ __all__ = [
     "isolation",
     "readable",
     "recompile_limit",
+    "set_attention_implementation",
     "strip_compilation",
     "uncompile_module",
     "uncompiled",
+    "visible_implementation",
     "watch_calls",
     "without_attention",
 ]
@@ -194,6 +197,31 @@ def decoder_modules(decoder: torch.nn.Module) -> frozenset[torch.nn.Module]:
     others = [part for part in parts if part is not None and part is not text]
     apart = (m for m in decoder.modules() if any(getattr(m, "config", None) is part for part in others))
     return frozenset(decoder.modules()).difference(*(m.modules() for m in apart))
+
+
+def attention_implementation(config: Any) -> str | None:
+    """The name of the implementation that attention described by ``config`` runs in, where there is one."""
+    name = getattr(config, "_attn_implementation_internal", None)
+    return name if isinstance(name, str) else None
+
+
+def set_attention_implementation(config: Any, name: str) -> None:
+    """Let attention described by ``config``, and by none of its parts, run in ``name``."""
+    config._attn_implementation_internal = name
+
+
+def visible_implementation(module: torch.nn.Module, config: Any) -> str | None:
+    """The implementation made of PyTorch's operators that ``module`` would take; ``None``: it cannot change it.
+
+    ``sdpa`` wherever it means the same: it knows no soft-capped logits, which some releases drop without a word.
+    """
+    can_change: Any = getattr(module, "_can_set_attn_implementation", None)
+    if can_change is not None and not can_change():
+        return None
+    if getattr(config, "attn_logit_softcapping", None):
+        return "eager"
+    best: Any = getattr(module, "get_correct_attn_implementation", None)
+    return "sdpa" if best is None else cast(str, best(None))
 
 
 def compile_module(

@@ -67,6 +67,8 @@ class Run:
     noted: float = 0.0
     """When that was, as `time.perf_counter` tells it."""
     cache: Any = None
+    kernels: dict[str, str] = field(default_factory=dict)
+    """As in `Report`."""
     breaks: dict[str, int] = field(default_factory=dict)
     stopped: str | None = None
     seconds: float = 0.0
@@ -96,6 +98,7 @@ def digest(run: Run) -> Report:
     facts = Facts(
         plan=run.plan,
         front_door=run.front_door,
+        kernels=run.kernels,
         decoder=coverage,
         graphs=graphs,
         sites=sites,
@@ -115,6 +118,7 @@ def digest(run: Run) -> Report:
         plan_text=_plan_text(run.plan),
         front_door=run.front_door,
         compiler=run.compiler,
+        kernels=run.kernels,
         versions=_versions(),
         seconds=run.seconds,
         forwards=tuple(run.forwards),

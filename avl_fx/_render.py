@@ -87,6 +87,10 @@ def _summary(report: Report) -> Table:
     grid.add_column(overflow="fold")
     grid.add_row("plan", cell(report.plan_text))
     grid.add_row("run", cell(f"{report.front_door}, compiler {report.compiler}; {phases or 'no forward finished'}"))
+    for name, ran in report.kernels.items():
+        same = name == ran
+        what = f"{name}, which no graph shows" if same else f"{ran} instead of {name}, which no graph shows"
+        grid.add_row("attention", cell(what, "yellow" if same else ""))
     grid.add_row("decoder", cell(f"{expected}; {seen or 'none seen'}", "" if complete else "yellow"))
     grid.add_row("visual", cell(_visual(report)))
     for reason, times in report.breaks.items():

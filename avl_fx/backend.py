@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from avl_fx import _compat
+from avl_fx.attention_kernels import opaque_kernels, warn_of_hidden_attention
 from avl_fx.errors import AvlError, CacheStateError, InternalError
 from avl_fx.modality import carried, given, may_carry
 from avl_fx.observe import active_observer
@@ -21,6 +22,7 @@ from avl_fx.passes.nodes import alias_root, arg, hint, op, shape, writes_to
 from avl_fx.passes.pipeline import run_stages
 from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.passes.site import Site, Status
+from avl_fx.plan import Plan
 from avl_fx.record import GraphRecord, active_recorder
 from avl_fx.region_call import region_decoder
 from avl_fx.runtime import CompiledGraph
@@ -87,6 +89,9 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
         ctx = _make_context(gm, example_inputs, options)
     record.pass_seconds = time.perf_counter() - start
     _warn_of_dense_layers(ctx, options)
+    if frame is not None and not ctx.sites and record.linears["before"] and options.plan != Plan.identity():
+        for kernel in opaque_kernels(frame):
+            warn_of_hidden_attention(kernel, str(options.plan))
     record.sites, record.dropped_keys = ctx.sites, ctx.dropped_keys
     record.visual = "none" if ctx.visual is None else ctx.visual.how
     record.expected_layers = ctx.expected_layers

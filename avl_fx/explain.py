@@ -18,6 +18,7 @@ from avl_fx._digest import Run, digest
 from avl_fx._inputs import check_inputs
 from avl_fx._messages import near_miss, show
 from avl_fx._untouched import left_untouched
+from avl_fx.attention_kernels import opaque_kernels
 from avl_fx.backend import avl_backend
 from avl_fx.errors import CacheStateError, CaptureError, OptionError
 from avl_fx.options import parse_options
@@ -90,10 +91,11 @@ def explain(
     start = time.perf_counter()
     with recording(keep_graphs) as recorder:
         result = Run(model, resolved, front_door, compiler, recorder, was_training=model.training)
-        with left_untouched(model), _compat.fresh_compilation(backend, model), torch.no_grad():
+        with left_untouched(model), _compat.fresh_compilation(backend, model), torch.no_grad(), _quiet():
             FRONT_DOORS[front_door](model, options, functools.partial(_Watch, result))
+            result.kernels = {name: name for name in opaque_kernels(model)} | regions.replaced_kernels(model)
             # Steps of a fragmented decoder may disagree on which keys exist. That is a finding, not the end.
-            with _quiet(), _noting(result):
+            with _noting(result):
                 _drive(result, new_tokens, run, inputs)
     result.seconds = time.perf_counter() - start
     result.breaks = {k: n - breaks.get(k, 0) for k, n in _compat.graph_breaks().items() if n > breaks.get(k, 0)}

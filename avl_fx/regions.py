@@ -12,13 +12,14 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from avl_fx import _compat
+from avl_fx.attention_kernels import KernelChoice
 from avl_fx.backend import avl_backend
 from avl_fx.errors import CaptureError, OptionError
 from avl_fx.modality_hook import ModalityHook
@@ -28,7 +29,7 @@ from avl_fx.region_call import call_region
 from avl_fx.runtime import calls
 from avl_fx.wrappers import unwrapped, wrapping
 
-__all__ = ["Region", "compile", "compiled_plan", "find_regions", "set_aside", "uncompile"]
+__all__ = ["Region", "compile", "compiled_plan", "find_regions", "replaced_kernels", "set_aside", "uncompile"]
 
 log = logging.getLogger("avl_fx")
 
@@ -60,6 +61,7 @@ class _Compiled:
     regions: tuple[Region, ...]
     hooks: tuple[RemovableHandle, ...]
     plan: Plan
+    kernels: KernelChoice
 
 
 _compiled: weakref.WeakKeyDictionary[nn.Module, _Compiled] = weakref.WeakKeyDictionary()
@@ -69,7 +71,8 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
     """Compile the decoder and the vision encoder of ``model`` in place, under ``plan``.
 
     Like ``nn.Module.compile``: the model's class, parameters and ``generate`` stay what they are. Compiling again
-    replaces the plan.
+    replaces the plan. A model that attends in a kernel that no graph shows (FlashAttention, flex_attention) attends by
+    SDPA until `uncompile`.
 
     Args:
         model: any vision-language model, also inside of a wrapper (PEFT, DistributedDataParallel). One without a
@@ -112,7 +115,7 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
         watched = _Watched(region, None if silent else _Noticing(region.name))
         _compat.compile_module(region.module, settings, kwargs, _limit_hit, watched, any_length)
     hooks = [handle for module in wrapping(model) for handle in ModalityHook.install(module)]
-    _compiled[unwrapped(model)] = _Compiled(regions, tuple(hooks), resolved)
+    _compiled[unwrapped(model)] = _Compiled(regions, tuple(hooks), resolved, KernelChoice(model))
     return model
 
 
@@ -120,6 +123,7 @@ def uncompile(model: nn.Module) -> nn.Module:
     """Undo `compile`; a model that is not compiled is left alone."""
     state = _compiled.pop(unwrapped(model), None)
     if state is not None:
+        state.kernels.give_back()
         for handle in state.hooks:
             handle.remove()
         for region in state.regions:
@@ -244,6 +248,12 @@ def compiled_plan(model: nn.Module) -> Plan | None:
     return None if state is None else state.plan
 
 
+def replaced_kernels(model: nn.Module) -> dict[str, str]:
+    """Implementations of attention that ``model`` asks for and no graph shows -> what `compile` put in their place."""
+    state = _compiled.get(unwrapped(model))
+    return {} if state is None else dict(state.kernels.replaced)
+
+
 @contextlib.contextmanager
 def set_aside(model: nn.Module) -> Iterator[None]:
     """Take back what `compile` did to ``model``; after the block, what this module knows of it is as before.
@@ -256,6 +266,8 @@ def set_aside(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        _compiled.pop(key, None)
+        inside = _compiled.pop(key, None)
+        if inside is not None:
+            inside.kernels.give_back()
         if state is not None:
-            _compiled[key] = state
+            _compiled[key] = replace(state, kernels=KernelChoice(model))

@@ -284,6 +284,9 @@ class Report:
     plan_text: str
     front_door: str
     compiler: str
+    kernels: dict[str, str]
+    """Implementations of attention that the model asks for and no graph shows (FlashAttention, flex_attention) -> what
+    ran in their place, which may be themselves."""
     versions: dict[str, str]
     seconds: float
     """The whole run."""

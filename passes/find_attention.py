@@ -17,9 +17,10 @@ from torch import fx
 from avl_fx.kernels.attention import LOWERINGS
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.describe import describe_site
+from avl_fx.passes.library_kernels import LibraryCall, library_attention
 from avl_fx.passes.nodes import arg, const, fake, loses_gradient, number, op, same_size, shape, written_between
 from avl_fx.passes.rewrite import insert_call, remove_dead
-from avl_fx.passes.site import PassResult, Reason, Site
+from avl_fx.passes.site import PassResult, Reason, Site, Status
 from avl_fx.passes.softmax_pattern import NotAttention, Refusal, match_softmax
 from avl_fx.passes.unrepeat import unrepeat
 
@@ -39,6 +40,8 @@ def find_attention(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             site = _new_site(node, "flex", ctx)
             describe_site(site, node, node.args[0], node.args[1], node.args[2], ctx)
             result.refuse(site, Reason.FLEX)
+        elif name and (call := library_attention(node)) is not None:
+            _library_site(call, ctx, result)
     # Logits that were scaled or masked in place are gone with the rest of the model's own spelling.
     result.dropped_mutations = tuple(remove_dead(gm.graph, ctx.initially_unused))
     return result
@@ -73,6 +76,28 @@ def _sdpa_site(node: fx.Node, ctx: PassContext, result: PassResult) -> None:
         result.refuse(site, Reason.MASK, "is_causal is symbolic or comes with a mask")
         return
     _canonicalise(site, node, node, query, key, value, mask, factor, is_causal, bool(grouped), ctx, result)
+
+
+def _library_site(call: LibraryCall, ctx: PassContext, result: PassResult) -> None:
+    site = _new_site(call.node, "library", ctx)
+    last = call.node.prev
+    query, key, value = call.operands()
+    # The call of SDPA that is made of it has to be one that SDPA takes.
+    refusal = call.refusal() or _check_shapes(site, query, query, key, value, None, True)
+    if refusal is None:
+        sdpa = call.as_sdpa(query, key, value)
+        scale, is_causal = sdpa.kwargs["scale"], sdpa.kwargs["is_causal"]
+        site.mask = _mask_kind(None, is_causal)
+        _canonicalise(site, sdpa, sdpa, query, key, value, None, scale, is_causal, True, ctx, result)  # type: ignore[arg-type]
+    else:
+        describe_site(site, call.node, query, key, value, ctx)
+        result.refuse(site, *refusal)
+    if site.status is Status.REFUSED:
+        site.node = call.node
+        call.undo(last)
+    else:
+        assert site.node is not None
+        call.replace(site.node)
 
 
 def _softmax_site(node: fx.Node, ctx: PassContext, result: PassResult) -> None:

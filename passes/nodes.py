@@ -26,6 +26,7 @@ __all__ = [
     "const",
     "fake",
     "hint",
+    "library_call",
     "loses_gradient",
     "mutated_input",
     "mutated_inputs",
@@ -182,6 +183,19 @@ def _overload(target: Any) -> torch._ops.OpOverload | None:
     if isinstance(target, torch._ops.OpOverloadPacket) and len(target.overloads()) == 1:
         return getattr(target, target.overloads()[0])
     return target if isinstance(target, torch._ops.OpOverload) else None
+
+
+_OWN_LIBRARIES = ("aten", "prims", "avl")
+
+
+def library_call(node: fx.Node) -> tuple[str, dict[str, Any]] | None:
+    """``library::operator`` and the arguments by name, where ``node`` calls an operator of another library."""
+    overload = _overload(node.target) if node.op == "call_function" else None
+    if overload is None or overload._schema.name.split("::")[0] in _OWN_LIBRARIES:
+        return None
+    names = [argument.name for argument in overload._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return overload._schema.name, {name: given[name] for name in names if name in given}
 
 
 def fake(node: Any) -> Any:

@@ -37,6 +37,7 @@ class Reason(enum.StrEnum):
     SOFTMAX_DIM = "softmax is not over the keys"
     MASK = "mask cannot be carried exactly"
     FLEX = "flex_attention: its mask is a program"
+    LIBRARY = "runs in an operator of another library"
     MUTATION = "keys or values change between the site and its use"
     GRADIENT = "gradients would take another way"
     DEVICE = "no lowering for this device"
@@ -73,7 +74,7 @@ class Site:
 
     index: int
     style: str
-    """``sdpa``, ``softmax`` (matmul, softmax, matmul) or ``flex``."""
+    """``sdpa``, ``softmax`` (matmul, softmax, matmul), ``flex`` or ``library`` (FlashAttention and others)."""
     module_path: str | None = None
     module_class: str | None = None
     tower: str | None = None
