@@ -16,6 +16,10 @@ from avl_fx.passes.nodes import METADATA_OPS, VIEW_OPS, arg, fake, mutated_input
 __all__ = ["add_input", "insert_call", "insert_traced", "remove_dead"]
 
 
+_COPIED = ("nn_module_stack", "stack_trace", "source_fn_stack", "recompute", "ac_graph_id")
+"""What a new node takes from the one in front of which it stands: where it is, and whether it is checkpointed."""
+
+
 def insert_call(before: fx.Node, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
     """Insert ``target(*args, **kwargs)`` before ``before`` with its fake value recorded.
 
@@ -28,7 +32,7 @@ def insert_call(before: fx.Node, target: Callable[..., Any] | str, *args: Any, *
             node = graph.call_method(target, args, kwargs)
         else:
             node = graph.call_function(target, args, kwargs)
-    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+    for key in _COPIED:
         if key in before.meta:
             node.meta[key] = before.meta[key]
     # Not pytree: nodes may stand in slices.

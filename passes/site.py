@@ -37,6 +37,7 @@ class Reason(enum.StrEnum):
     SOFTMAX_DIM = "softmax is not over the keys"
     MASK = "mask cannot be carried exactly"
     FLEX = "flex_attention: its mask is a program"
+    CHECKPOINT = "checkpointed with a policy of its own"
     LIBRARY = "runs in an operator of another library"
     MUTATION = "keys or values change between the site and its use"
     GRADIENT = "gradients would take another way"
@@ -74,7 +75,8 @@ class Site:
 
     index: int
     style: str
-    """``sdpa``, ``softmax`` (matmul, softmax, matmul), ``flex`` or ``library`` (FlashAttention and others)."""
+    """``sdpa``, ``softmax`` (matmul, softmax, matmul), ``flex``, ``library`` (FlashAttention and others) or
+    ``checkpoint``: in a region that was left as it is."""
     module_path: str | None = None
     module_class: str | None = None
     tower: str | None = None
@@ -150,6 +152,8 @@ class PassResult:
     """Reason -> number of sites left alone."""
     dropped_mutations: tuple[str, ...] = ()
     """Names of in-place writes that the pass removed on purpose; any other loss fails the verifier."""
+    added_mutations: tuple[str, ...] = ()
+    """Names of in-place writes that the pass took out of a part of the graph where they did not show."""
     new_inputs: tuple[str, ...] = ()
     """Names of the inputs that the pass appended to the graph's."""
     seconds: float = 0.0

@@ -50,7 +50,7 @@ def gradients(zoo, model, inputs):
     return loss.item(), {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()}
 
 
-def check(name, door, style, mode, compiler):
+def check(name, door, style, mode, compiler, checkpointed=False):
     zoo = ZOO[name]
     model, inputs = trainable(zoo, style)
     blocks = [(1, zoo.decoder_layers - 1)]
@@ -58,6 +58,8 @@ def check(name, door, style, mode, compiler):
     dense_loss, dense = gradients(zoo, model, inputs)
     with lazy_oracle(model, blocks, zoo.decoder_prefix, zoo.attention_kinds, mode, visual):
         expected_loss, expected = gradients(zoo, model, inputs)
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with through(door, model, compiler=compiler, plan=Plan.lazy(blocks, mode)) as recorder:
         loss, got = gradients(zoo, model, inputs)
 
@@ -73,6 +75,17 @@ def check(name, door, style, mode, compiler):
     moved = [n for n in expected if (expected[n] - dense[n]).abs().max() > 0.01 * dense[n].abs().max()]
     assert moved
     return got
+
+
+@pytest.mark.parametrize(
+    "case",
+    rest_in_matrix([case for case in CASES if case[0] != "plain_lvlm"], [("llava", "torch.compile", "sdpa", "gla")]),
+    ids="-".join,
+)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_gradients_of_a_checkpointed_model_equal_the_oracles(case):
+    """What most models of any size are trained with: each layer is a graph of its own behind one node."""
+    check(*case, compiler="aot_eager", checkpointed=True)
 
 
 @pytest.mark.parametrize("case", rest_in_matrix(CASES, one_each(CASES, by=(3,))), ids="-".join)
