@@ -26,7 +26,7 @@ from avl_fx.modality_hook import ModalityHook
 from avl_fx.options import parse_options
 from avl_fx.plan import Plan, PlanSpec
 from avl_fx.region_call import call_region
-from avl_fx.runtime import calls
+from avl_fx.runtime import calls, decoder_calls
 from avl_fx.wrappers import unwrapped, wrapping
 
 __all__ = ["Region", "compile", "compiled_plan", "find_regions", "replaced_kernels", "set_aside", "uncompile"]
@@ -168,16 +168,27 @@ class _Watched:
 
 
 class _Noticing:
-    """Says once that a region ran and none of its graphs did: then its plan did nothing."""
+    """Says once that a region ran and none of its graphs did, or none that shows how it attends: then its plan did
+    nothing."""
 
     def __init__(self, name: str) -> None:
         self._name, self._said = name, False
 
     def __call__(self, call: Callable[[], Any]) -> Any:
-        before = calls()
+        before, decoded_before = calls(), decoder_calls()
         result = call()
-        if not self._said and calls() == before + 1:
-            self._said = True
+        ran, decoded = calls() > before + 1, decoder_calls() > decoded_before + 1
+        if self._said or decoded:
+            return result
+        self._said = True
+        if ran:
+            log.warning(
+                "%s was captured in pieces that do not show how its layers attend, so the plan that it was compiled "
+                "with did nothing. That is so for caches that keep their keys in pages (generate_batch). "
+                "avl_fx.explain(model, plan, front_door='avl_fx.compile', **inputs) shows the pieces.",
+                self._name or "The model",
+            )
+        else:
             log.warning(
                 "%s ran eagerly, so the plan that it was compiled with did nothing. Dynamo skips code that it met "
                 "under a TorchDispatchMode (torch.utils.flop_counter) for good, all code while it is switched off "

@@ -17,18 +17,24 @@ from avl_fx.observe import ObservedGraph
 from avl_fx.partition import Partition, everything
 from avl_fx.partition_runtime import PartitionRuntime
 from avl_fx.passes.context import DroppedKeys, PassContext
+from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.record import DecodeStep, GraphRecord, active_recorder
 from avl_fx.row_order import as_entered
 from avl_fx.visual_calls import VisualCalls
 
-__all__ = ["CompiledGraph", "calls"]
+__all__ = ["CompiledGraph", "calls", "decoder_calls"]
 
-_calls = itertools.count()
+_calls, _decoder_calls = itertools.count(), itertools.count()
 
 
 def calls() -> int:
     """A number that grows with every call of a compiled graph."""
     return next(_calls)
+
+
+def decoder_calls() -> int:
+    """The same of graphs that show attention of decoder layers."""
+    return next(_decoder_calls)
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class CompiledGraph:
     hidden: Sequence[int] = ()
     """Input positions of what looks like hidden states: visual positions may ride there."""
     observed: ObservedGraph | None = None
+    decodes: bool = False
+    """Whether it shows attention of decoder layers, which a plan is about."""
 
     @classmethod
     def of(
@@ -91,10 +99,13 @@ class CompiledGraph:
             past=past,
             hidden=hidden,
             observed=None if ctx.observed is None else ObservedGraph.of(ctx.observed, record),
+            decodes=bool(decoder_sites(ctx)),
         )
 
     def __call__(self, *given_args: Any) -> Any:
         next(_calls)
+        if self.decodes:
+            next(_decoder_calls)
         args: Sequence[Any] = given_args
         for position, layer in self.dense_keys:
             check_stored(args[position], layer)

@@ -80,7 +80,6 @@ def _sdpa_site(node: fx.Node, ctx: PassContext, result: PassResult) -> None:
 
 def _library_site(call: LibraryCall, ctx: PassContext, result: PassResult) -> None:
     site = _new_site(call.node, "library", ctx)
-    last = call.node.prev
     query, key, value = call.operands()
     # The call of SDPA that is made of it has to be one that SDPA takes.
     refusal = call.refusal() or _check_shapes(site, query, query, key, value, None, True)
@@ -93,8 +92,7 @@ def _library_site(call: LibraryCall, ctx: PassContext, result: PassResult) -> No
         describe_site(site, call.node, query, key, value, ctx)
         result.refuse(site, *refusal)
     if site.status is Status.REFUSED:
-        site.node = call.node
-        call.undo(last)
+        site.node = call.node  # what was inserted in front is used by nothing, and goes with the rest
     else:
         assert site.node is not None
         call.replace(site.node)

@@ -71,11 +71,6 @@ class LibraryCall:
         for user in list(self.node.users):
             user.replace_all_uses_with(insert_call(user, "transpose", result, 1, 2))
 
-    def undo(self, last: fx.Node) -> None:
-        """Take out what was inserted in front since ``last`` stood there."""
-        while self.node.prev is not last:
-            self.node.graph.erase_node(self.node.prev)
-
     def _flag(self) -> bool | None:
         """SDPA's ``is_causal``; ``None``: neither value means the same.
 

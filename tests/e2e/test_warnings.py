@@ -46,6 +46,24 @@ def test_a_plan_that_does_nothing_is_announced_once(warnings, how):
     assert len(warnings()) == 1
 
 
+def test_a_decoder_whose_attention_no_graph_shows_is_announced_once(warnings):
+    """As that of `generate_batch`, whose cache keeps its keys in pages behind a function that Dynamo may not see."""
+    zoo = ZOO["llava"]
+    model = zoo.make()
+    inputs = zoo.inputs(model)
+    expected = prefill_and_decode(model, inputs, "dynamic", steps=1)
+    for layer in zoo.layers(model):
+        layer.self_attn.forward = torch.compiler.disable(layer.self_attn.forward)
+    with through("avl_fx.compile", model, compiler="eager"):
+        prefill_and_decode(model, inputs, "dynamic", steps=1)
+    assert not warnings()
+    with through("avl_fx.compile", model, compiler="eager", plan=Plan.avl(0.3, 0.5, 3)):
+        got = prefill_and_decode(model, inputs, "dynamic", steps=1, tokens=expected.tokens)
+    (said,) = warnings()
+    assert said.startswith("model.language_model was captured in pieces that do not show how its layers attend")
+    torch.testing.assert_close(torch.stack(got), torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
 def test_the_last_recompile_is_announced(warnings):
     zoo = ZOO["plain_lvlm"]
     model = zoo.make()

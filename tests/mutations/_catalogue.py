@@ -29,6 +29,8 @@ class Mutation:
 
 P = "tests/passes/test_"
 FIND, NEGATIVE = f"{P}find_attention_transformers.py", f"{P}find_attention_negative.py"
+LIBRARY, CHECKPOINTS = f"{P}library_kernels.py", f"{P}inline_checkpoints.py"
+OPAQUE = "tests/e2e/test_attention_kernels.py"
 AUTOCAST, GRADIENTS = f"{P}find_attention_autocast.py", f"{P}find_attention_gradients.py"
 DESCRIBE = f"{P}describe.py"
 SPELLINGS, UNREPEAT, SHARE = f"{P}find_attention_properties.py", f"{P}unrepeat.py", f"{P}share_queries.py"
@@ -455,7 +457,7 @@ MUTATIONS: list[Mutation] = [
     ),
     *_in(
         "passes/verify.py",
-        ("let writes go", "if facts.writes != allowed:", "if False:", VERIFY),
+        ("let writes go", "not in result.added_mutations) != allowed:", "in ()) not in ((), allowed):", VERIFY),
         (
             "believe what a stage says it dropped",
             "if write not in facts.writes and target not in dropped:",
@@ -496,10 +498,11 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "forget the origin of new nodes",
-            '    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):',
+            "    for key in _COPIED:",
             "    for key in ():",
             REWRITE,
         ),
+        ("forget that a region is checkpointed", ', "recompute", "ac_graph_id")', ")", f"{CHECKPOINTS} -k kept"),
     ),
     *_in(
         "passes/nodes.py",
@@ -1409,6 +1412,88 @@ MUTATIONS: list[Mutation] = [
             "        if seen.any():\n",
             "        if True:\n",
             f"{CALIBRATE} -k concentration",
+        ),
+    ),
+    *_in(
+        "passes/library_kernels.py",
+        (
+            "take the first of more keys than queries for the last",
+            "return True if same_size(*lengths) else None",
+            "return True",
+            f"{LIBRARY} -k it_means",
+        ),
+        (
+            "forget a window",
+            'given("window_size_left", -1) != -1 or',
+            "False or",
+            f"{LIBRARY} -k sliding",
+        ),
+        (
+            "turn back what was not turned",
+            "if dims in ({1, 2}, {-3, -2}):",
+            "if True:",
+            f"{LIBRARY} -k permuted",
+        ),
+        (
+            "drop what else is returned",
+            'if any(op(user) != "getitem" or user.args[1] != 0 for user in self.node.users):',
+            "if False:",
+            f"{LIBRARY} -k log_sum_exp",
+        ),
+    ),
+    *_in(
+        "passes/inline_checkpoints.py",
+        (
+            "keep everything for the gradient",
+            "CheckpointPolicy.PREFER_RECOMPUTE,",
+            "CheckpointPolicy.MUST_SAVE,",
+            f"{CHECKPOINTS} -k kept",
+        ),
+        ("forget a policy", "_SELECTIVE not in body.meta", "True", f"{CHECKPOINTS} -k policy"),
+        (
+            "hand over the first of several results",
+            "outputs[place]",
+            "outputs[0]",
+            f"{CHECKPOINTS} -k more_than_one",
+        ),
+        (
+            "hide what a region writes",
+            "if node in inlined)",
+            "if not inlined)",
+            f"{CHECKPOINTS} -k writes",
+        ),
+    ),
+    *_in(
+        "avl_fx/attention_kernels.py",
+        (
+            "overrule who asked for something else",
+            "if _compat.attention_implementation(config) == instead:",
+            "if True:",
+            f"{OPAQUE} -k comes_back",
+        ),
+        (
+            "say it each time",
+            "for name, instead in () if model in _told else",
+            "for name, instead in () if False else",
+            f"{OPAQUE} -k announced_once",
+        ),
+    ),
+    *_in(
+        "avl_fx/regions.py",
+        (
+            "leave SDPA behind where a model was borrowed",
+            "            inside.kernels.give_back()\n",
+            "            pass\n",
+            f"{OPAQUE} -k borrows",
+        ),
+    ),
+    *_in(
+        "avl_fx/_compat.py",
+        (
+            "give soft-capped logits to SDPA",
+            'if getattr(config, "attn_logit_softcapping", None):',
+            "if False:",
+            f"{OPAQUE} -k soft_capped",
         ),
     ),
 ]

@@ -80,6 +80,16 @@ def test_a_cache_turned_for_the_call_is_read_as_it_lies() -> None:
     check(attend, q, k, v, torch.randn(2, 2, 7, 8))
 
 
+def test_operands_that_were_permuted_are_turned_once_more() -> None:
+    """Only what swaps heads and tokens, and nothing else, is looked through."""
+
+    def attend(x: Tensor) -> Any:
+        q, k, v = x.permute(1, 0, 2, 3, 4)
+        return flash_attn_func(q, k.transpose(1, 3).transpose(1, 3), v.permute(0, 1, 2, 3), causal=True)
+
+    assert check(attend, torch.randn(2, 3, 5, 4, 8)).site.reason is None
+
+
 REFUSED = {
     "softcap": ({"softcap": 5.0}, Reason.SOFTCAP),
     "alibi": ({"alibi_slopes": torch.full((4,), 0.1)}, Reason.MASK),
