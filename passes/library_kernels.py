@@ -1,4 +1,4 @@
-"""Attention that a model hands to an operator of another library.
+"""Attention that a model hands to an operator of another library, or to one of PyTorch's own fused kernels by its name.
 
 FlashAttention's own (`flash_attn_func`, Dao-AILab) is understood: its call becomes one of SDPA in front of it, of which
 `find_attention` makes what it makes of any other. Other operators that take a query, a key and a value are opaque: that
@@ -13,7 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from avl_fx.passes.nodes import arg, const, library_call, number, op, same_size, shape
+from avl_fx.passes.nodes import arg, const, number, op, operator_call, same_size, shape
 from avl_fx.passes.rewrite import insert_call
 from avl_fx.passes.site import Reason
 
@@ -86,11 +86,10 @@ class LibraryCall:
 
 def library_attention(node: fx.Node) -> LibraryCall | None:
     """``node`` as a call of another library's attention, or ``None``: it calls none."""
-    call = library_call(node)
-    if call is None:
+    call = operator_call(node)
+    if call is None or tuple(call[1])[:3] not in _OPERANDS:
         return None
-    name, arguments = call
-    return LibraryCall(node, name, arguments) if tuple(arguments)[:3] in _OPERANDS else None
+    return LibraryCall(node, *call)
 
 
 def _heads_first(node: Any, before: fx.Node) -> fx.Node:

@@ -26,13 +26,13 @@ __all__ = [
     "const",
     "fake",
     "hint",
-    "library_call",
     "loses_gradient",
     "mutated_input",
     "mutated_inputs",
     "mutations",
     "number",
     "op",
+    "operator_call",
     "places",
     "same_shape",
     "same_size",
@@ -185,13 +185,10 @@ def _overload(target: Any) -> torch._ops.OpOverload | None:
     return target if isinstance(target, torch._ops.OpOverload) else None
 
 
-_OWN_LIBRARIES = ("aten", "prims", "avl")
-
-
-def library_call(node: fx.Node) -> tuple[str, dict[str, Any]] | None:
-    """``library::operator`` and the arguments by name, where ``node`` calls an operator of another library."""
+def operator_call(node: fx.Node) -> tuple[str, dict[str, Any]] | None:
+    """``library::operator`` and the arguments by name, where ``node`` calls an operator that has a schema."""
     overload = _overload(node.target) if node.op == "call_function" else None
-    if overload is None or overload._schema.name.split("::")[0] in _OWN_LIBRARIES:
+    if overload is None:
         return None
     names = [argument.name for argument in overload._schema.arguments]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}

@@ -15,7 +15,7 @@ from avl_fx.passes.filter_prompt import filter_prompt
 from avl_fx.passes.find_attention import find_attention
 from avl_fx.passes.finish_outputs import finish_outputs
 from avl_fx.passes.inherit_scores import inherit_scores
-from avl_fx.passes.inline_checkpoints import inline_checkpoints
+from avl_fx.passes.inline_regions import inline_regions
 from avl_fx.passes.locate_modalities import locate_modalities
 from avl_fx.passes.lower import lower
 from avl_fx.passes.narrow_linears import narrow_linears
@@ -34,7 +34,7 @@ __all__ = ["STAGES", "run_stages"]
 Pass = Callable[[fx.GraphModule, PassContext], PassResult]
 
 STAGES: tuple[Pass, ...] = (
-    inline_checkpoints,  # what is checkpointed for its gradient is a part of the graph like any other
+    inline_regions,  # what is checkpointed is a part of the graph like any other
     find_attention,  # every attention call -> one canonical avl::attention node
     absorb_latents,  # decode steps attend to the latents that a cache stores, not to keys made from all of them
     locate_modalities,  # where the row-wise visual positions come from

@@ -37,8 +37,8 @@ class Reason(enum.StrEnum):
     SOFTMAX_DIM = "softmax is not over the keys"
     MASK = "mask cannot be carried exactly"
     FLEX = "flex_attention: its mask is a program"
-    CHECKPOINT = "checkpointed with a policy of its own"
-    LIBRARY = "runs in an operator of another library"
+    REGION = "in a region of the graph that is left as it is"
+    LIBRARY = "runs in an operator that nobody here knows"
     MUTATION = "keys or values change between the site and its use"
     GRADIENT = "gradients would take another way"
     DEVICE = "no lowering for this device"
@@ -76,7 +76,7 @@ class Site:
     index: int
     style: str
     """``sdpa``, ``softmax`` (matmul, softmax, matmul), ``flex``, ``library`` (FlashAttention and others) or
-    ``checkpoint``: in a region that was left as it is."""
+    ``region`` (in a part of the graph behind one node)."""
     module_path: str | None = None
     module_class: str | None = None
     tower: str | None = None

@@ -29,7 +29,7 @@ class Mutation:
 
 P = "tests/passes/test_"
 FIND, NEGATIVE = f"{P}find_attention_transformers.py", f"{P}find_attention_negative.py"
-LIBRARY, CHECKPOINTS = f"{P}library_kernels.py", f"{P}inline_checkpoints.py"
+LIBRARY, CHECKPOINTS = f"{P}library_kernels.py", f"{P}inline_regions.py"
 OPAQUE = "tests/e2e/test_attention_kernels.py"
 AUTOCAST, GRADIENTS = f"{P}find_attention_autocast.py", f"{P}find_attention_gradients.py"
 DESCRIBE = f"{P}describe.py"
@@ -1442,14 +1442,14 @@ MUTATIONS: list[Mutation] = [
         ),
     ),
     *_in(
-        "passes/inline_checkpoints.py",
+        "passes/inline_regions.py",
         (
             "keep everything for the gradient",
             "CheckpointPolicy.PREFER_RECOMPUTE,",
             "CheckpointPolicy.MUST_SAVE,",
             f"{CHECKPOINTS} -k kept",
         ),
-        ("forget a policy", "_SELECTIVE not in body.meta", "True", f"{CHECKPOINTS} -k policy"),
+        ("forget a policy", "_SELECTIVE not in bodies[0].meta", "True", f"{CHECKPOINTS} -k policy"),
         (
             "hand over the first of several results",
             "outputs[place]",

@@ -146,3 +146,10 @@ def test_an_operator_that_nobody_knows_is_a_site_and_refused() -> None:
     rewritten = check(lambda q, k, v: somebodys_attention(q, k, v) + 1, q, k, v)
     assert rewritten.reasons == [Reason.LIBRARY]
     assert rewritten.site.detail == "avl_fx_tests::somebodys_attention"
+
+
+def test_a_fused_kernel_of_pytorch_that_is_called_by_its_name() -> None:
+    q, k, v = (torch.randn(2, 4, 5, 8) for _ in range(3))
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    rewritten = check(lambda q, k, v: fused(q, k, v)[0], q, k, v)
+    assert rewritten.reasons == [Reason.LIBRARY]

@@ -3,49 +3,65 @@
 Dynamo puts each checkpointed region into a graph of its own behind one node, in which no other stage would look: a plan
 would do nothing to a model that is trained so. AOTAutograd takes them apart in any case, and tells its partitioner by a
 mark on each node what is to be computed again for the gradient. Here that is done before: the same nodes, the same
-marks. Regions whose own policy says what is kept (selective checkpointing) are left as they are.
+marks.
+
+Other regions are left as they are, and attention in them is refused by name: checkpointed ones whose own policy says
+what is kept; branches (`torch.cond`); what is compiled once and called for each layer (`nested_compile_region`), where
+no node tells which layer it is of; functions with a gradient of their own.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.describe import describe_site
+from avl_fx.passes.library_kernels import library_attention
 from avl_fx.passes.nodes import mutations, op
 from avl_fx.passes.site import PassResult, Reason, Site
+from avl_fx.passes.softmax_pattern import NotAttention, Refusal, match_softmax
 
-__all__ = ["inline_checkpoints"]
+__all__ = ["inline_regions"]
 
-_ATTENDING = ("scaled_dot_product_attention", "softmax", "flex_attention")
+_CHECKPOINT = "tag_activation_checkpoint"
 _SELECTIVE = "_checkpoint_context_fn"
 """What the body of a region with a policy of its own is marked with."""
 
 
-def inline_checkpoints(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Put the nodes of every checkpointed region of ``gm`` in its place."""
-    result = PassResult("inline_checkpoints")
+def inline_regions(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+    """Put the nodes of every checkpointed region of ``gm`` in its place, and refuse attention in any other region."""
+    result = PassResult("inline_regions")
     inlined: dict[fx.Node, None] = {}
-    refused: set[fx.Node] = set()
-    while (region := next((n for n in gm.graph.nodes if _is_region(n) and n not in refused), None)) is not None:
-        body = gm.get_submodule(region.args[0].target)
-        if isinstance(body, fx.GraphModule) and _SELECTIVE not in body.meta:
+    left: dict[fx.Node, list[fx.GraphModule]] = {}
+    while True:
+        regions = ((node, _bodies(gm, node)) for node in gm.graph.nodes if node not in left)
+        region, bodies = next((found for found in regions if found[1]), (None, []))
+        if region is None:
+            break
+        if op(region) == _CHECKPOINT and _SELECTIVE not in bodies[0].meta:
             result.count += 1
-            inlined.update(dict.fromkeys(_inline(gm, region, body, result.count)))
+            inlined.update(dict.fromkeys(_inline(gm, region, bodies[0], result.count)))
         else:
-            refused.add(region)
-            _refuse(region, body, ctx, result)
+            left[region] = bodies
+    for region, bodies in left.items():
+        _refuse(region, bodies, ctx, result)
     # Dynamo keeps a node without users for its effects, here as elsewhere.
     ctx.initially_unused |= {node for node in inlined if not node.users}
     result.added_mutations = tuple(node.name for node in mutations(gm.graph.nodes) if node in inlined)
     return result
 
 
-def _is_region(node: fx.Node) -> bool:
-    return op(node) == "tag_activation_checkpoint" and isinstance(node.args[0], fx.Node)
+def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
+    """The graphs behind ``node``, if it is a region."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return []
+    sources = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    found = [getattr(gm, str(n.target), None) for n in sources]
+    return [body for body in found if isinstance(body, fx.GraphModule)]
 
 
 def _inline(gm: fx.GraphModule, region: fx.Node, body: fx.GraphModule, number: int) -> list[fx.Node]:
@@ -97,11 +113,24 @@ def _adopt(gm: fx.GraphModule, body: fx.GraphModule, target: str) -> str:
     return name
 
 
-def _refuse(region: fx.Node, body: Any, ctx: PassContext, result: PassResult) -> None:
-    nodes = body.graph.nodes if isinstance(body, fx.GraphModule) else ()
-    for node in nodes:
-        if op(node) in _ATTENDING:
-            site = Site(index=len(ctx.sites), style="checkpoint", node=region)
-            ctx.sites.append(site)
-            describe_site(site, node, None, None, None, ctx)
-            result.refuse(site, Reason.CHECKPOINT)
+def _refuse(region: fx.Node, bodies: list[fx.GraphModule], ctx: PassContext, result: PassResult) -> None:
+    inside = [part for body in bodies for part in body.modules() if isinstance(part, fx.GraphModule)]
+    for node in (node for part in inside for node in part.graph.nodes if _attends(node)):
+        site = Site(index=len(ctx.sites), style="region", node=region)
+        ctx.sites.append(site)
+        describe_site(site, node, None, None, None, ctx)
+        result.refuse(site, Reason.REGION, "checkpoint" if op(region) == _CHECKPOINT else op(region))
+
+
+def _attends(node: fx.Node) -> bool:
+    if op(node) in ("scaled_dot_product_attention", "flex_attention"):
+        return True
+    if op(node) != "softmax":
+        return library_attention(node) is not None
+    try:
+        match_softmax(node)
+    except NotAttention:
+        return False
+    except Refusal:
+        return True
+    return True

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from avl_fx.passes.inline_checkpoints import inline_checkpoints
+from avl_fx.passes.inline_regions import inline_regions
 from avl_fx.passes.site import Reason
+from avl_fx.record import recording
 from tests.passes._graphs import check, counts, rewrite
 
 HEADS, DIM = 2, 8
@@ -47,7 +48,7 @@ def compiled(function: Any, compiler: str = "aot_eager") -> Any:
 
 def test_every_region_is_a_part_of_the_graph() -> None:
     rewritten = check(layers, *arguments())
-    assert rewritten.result("inline_checkpoints").count == 3
+    assert rewritten.result("inline_regions").count == 3
     assert rewritten.result("find_attention").count == 3
     assert "tag_activation_checkpoint" not in counts(rewritten.gm)
 
@@ -107,7 +108,7 @@ def test_a_region_in_a_region_and_more_than_one_result() -> None:
         return checkpointed(outer, x, weight) + checkpointed(inner, x, weight)[1]
 
     rewritten = check(function, *arguments())
-    assert rewritten.result("inline_checkpoints").count == 3
+    assert rewritten.result("inline_regions").count == 3
     assert "tag_activation_checkpoint" not in counts(rewritten.gm)
     for ours, eager in zip(gradients(compiled(function), *arguments()), gradients(function, *arguments()), strict=True):
         torch.testing.assert_close(ours, eager, atol=1e-4, rtol=1e-4)
@@ -120,7 +121,7 @@ def test_what_a_region_writes_in_place_is_written() -> None:
         return attend(y, weight)
 
     rewritten = check(lambda x, weight: checkpointed(writes, x, weight), *arguments())
-    assert rewritten.result("inline_checkpoints").added_mutations == ("mul_", "add_")
+    assert rewritten.result("inline_regions").added_mutations == ("mul_", "add_")
 
 
 def test_a_region_with_a_policy_of_its_own_is_left_alone() -> None:
@@ -134,8 +135,42 @@ def test_a_region_with_a_policy_of_its_own_is_left_alone() -> None:
     def function(x: Tensor, weight: Tensor) -> Tensor:
         return checkpointed(attend, checkpointed(attend, x, weight, context_fn=contexts), weight)
 
-    rewritten = rewrite(function, *arguments(), stages=(inline_checkpoints,))
-    assert rewritten.result("inline_checkpoints").count == 1
-    assert rewritten.reasons == [Reason.CHECKPOINT]
+    rewritten = rewrite(function, *arguments(), stages=(inline_regions,))
+    assert rewritten.result("inline_regions").count == 1
+    assert rewritten.reasons == [Reason.REGION]
     for ours, eager in zip(gradients(compiled(function), *arguments()), gradients(function, *arguments()), strict=True):
         torch.testing.assert_close(ours, eager, atol=1e-4, rtol=1e-4)
+
+
+@torch.compiler.nested_compile_region
+def compiled_once(x: Tensor, weight: Tensor) -> Tensor:
+    return attend(x, weight)
+
+
+class WithItsOwnGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x[None]
+        return (torch.softmax(x @ x.transpose(-1, -2), -1) @ x)[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+OTHERS = {
+    "invoke_subgraph": lambda x, weight: compiled_once(compiled_once(x, weight), weight),
+    "cond": lambda x, weight: torch.cond(x.sum() > 0, attend, lambda x, weight: torch.softmax(x, -1), (x, weight)),
+    "autograd_function_apply": lambda x, weight: WithItsOwnGradient.apply(x) @ weight,
+}
+
+
+@pytest.mark.parametrize("region", OTHERS)
+def test_attention_in_another_region_is_refused_by_name(region: str) -> None:
+    with recording() as recorder:
+        got = gradients(compiled(OTHERS[region]), *arguments())
+    for ours, eager in zip(got, gradients(OTHERS[region], *arguments()), strict=True):
+        torch.testing.assert_close(ours, eager, atol=1e-4, rtol=1e-4)
+    (graph,) = recorder.graphs
+    assert [(s.reason, s.detail) for s in graph.sites] == [(Reason.REGION, region)] * len(graph.sites)
+    assert len(graph.sites) == (2 if region == "invoke_subgraph" else 1)
