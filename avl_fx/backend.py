@@ -163,10 +163,12 @@ def _warn_of_dense_layers(ctx: PassContext, options: BackendOptions) -> None:
     attending = None if expected is None else expected - len(ctx.without_attention)
     if attending is not None and len(layers) < attending:
         log.warning(
-            "a graph holds %d of %d decoder layers; lazy layers whose anchor is in another graph stay dense. "
-            "avl_fx.compile(model, plan=...) captures the decoder as one graph.",
+            "a graph holds %d of %d decoder layers; lazy layers whose anchor is in another graph stay dense. %s",
             len(layers),
             attending,
+            "avl_fx.compile(model, plan=...) captures the decoder as one graph."
+            if region_decoder() is None
+            else "TORCH_LOGS=graph_breaks tells what breaks the decoder into pieces.",
         )
     if _compat.is_last_recompile():
         log.warning(

@@ -110,6 +110,9 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
             # that would be a dense layer on a cache without keys.
             settings["fail_on_recompile_limit_hit"] = True
             settings["recompile_limit"] = RECOMPILE_LIMIT
+            # Inside of DistributedDataParallel graphs are split where a bucket of gradients is full, and a lazy layer
+            # whose anchor is in another piece would be dense. All gradients are exchanged behind the backward then.
+            settings["optimize_ddp"] = False
         any_length = resolved.filters_prompts and region.role != "vision"
         silent = resolved == Plan.identity() or region.role == "vision" or kwargs.get("disable")
         watched = _Watched(region, None if silent else _Noticing(region.name))

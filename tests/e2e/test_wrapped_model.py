@@ -11,10 +11,11 @@ from torch import nn
 
 import avl_fx
 from avl_fx import Plan
+from avl_fx.record import recording
 from avl_fx.regions import compiled_plan, find_regions
 from avl_fx.wrappers import unwrapped, wrapping
-from tests.e2e._doors import FLOAT32_TOLERANCE, largest, through
-from tests.oracle import avl_oracle
+from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
+from tests.oracle import avl_oracle, lazy_oracle
 from tests.zoo import ZOO
 from tests.zoo._run import prefill, prefill_and_decode
 
@@ -122,3 +123,38 @@ def test_explain_says_what_to_compile_when_generate_passes_the_wrapper_by(llava)
     assert not report.forwards
     (line,) = report.advice
     assert "LlavaForConditionalGeneration inside of it: compile that one" in line
+
+
+@pytest.fixture
+def small_buckets(monkeypatch):
+    """Gradients of about a layer fill a bucket of DistributedDataParallel, as those of a layer of any real size do."""
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 50_000)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield 60_000
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="a build of torch without torch.distributed")
+def test_a_lazy_plan_reaches_across_the_buckets_of_distributed_training(llava, small_buckets):
+    """Dynamo splits graphs where a bucket is full, so that gradients are sent while others are still computed."""
+    model, inputs, _ = llava
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    # Queries and keys of lazy layers are used by nothing.
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    wrapped.bucket_bytes_cap = small_buckets
+
+    def step():
+        model.zero_grad()
+        logits = wrapped(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()]
+        logits.square().mean().backward()
+        return logits.detach(), model.model.language_model.layers[1].self_attn.q_proj.weight.grad.clone()
+
+    with lazy_oracle(model, [(1, 3)], ZOO["llava"].decoder_prefix):
+        expected = step()
+    with recording() as recorder:
+        avl_fx.compile(wrapped, Plan.lazy([(1, 3)]), options={"compiler": "aot_eager", "strict": True})
+        got = step()
+    assert [len(decoder_sites(graph)) for graph in decoder_graphs(recorder)] == [4]
+    assert largest([got[0]], [expected[0]]) < FLOAT32_TOLERANCE
+    torch.testing.assert_close(got[1], expected[1], atol=1e-6, rtol=1e-3)
