@@ -35,21 +35,20 @@ _SELECTIVE = "_checkpoint_context_fn"
 def inline_regions(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     """Put the nodes of every checkpointed region of ``gm`` in its place, and refuse attention in any other region."""
     result = PassResult("inline_regions")
-    inlined: dict[fx.Node, None] = {}
-    left: dict[fx.Node, list[fx.GraphModule]] = {}
-    while True:
-        regions = ((node, _bodies(gm, node)) for node in gm.graph.nodes if node not in left)
-        region, bodies = next((found for found in regions if found[1]), (None, []))
-        if region is None:
-            break
+    inlined: set[fx.Node] = set()
+    pending = [n for n in gm.graph.nodes if _bodies(gm, n)]
+    while pending:
+        region = pending.pop(0)
+        bodies = _bodies(gm, region)
         if op(region) == _CHECKPOINT and _SELECTIVE not in bodies[0].meta:
             result.count += 1
-            inlined.update(dict.fromkeys(_inline(gm, region, bodies[0], result.count)))
+            made = _inline(gm, region, bodies[0], result.count)
+            inlined.update(made)
+            pending[:0] = [n for n in made if _bodies(gm, n)]
         else:
-            left[region] = bodies
-    for region, bodies in left.items():
-        _refuse(region, bodies, ctx, result)
+            _refuse(region, bodies, ctx, result)
     # Dynamo keeps a node without users for its effects, here as elsewhere.
+    inlined.intersection_update(gm.graph.nodes)
     ctx.initially_unused |= {node for node in inlined if not node.users}
     result.added_mutations = tuple(node.name for node in mutations(gm.graph.nodes) if node in inlined)
     return result
