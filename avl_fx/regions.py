@@ -13,10 +13,9 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from avl_fx import _compat
 from avl_fx.attention_kernels import KernelChoice
@@ -24,6 +23,7 @@ from avl_fx.backend import avl_backend
 from avl_fx.errors import CaptureError, OptionError
 from avl_fx.modality_hook import ModalityHook
 from avl_fx.options import parse_options
+from avl_fx.outer_compile import KeepsItsCalls, warns_where_traced
 from avl_fx.plan import Plan, PlanSpec
 from avl_fx.region_call import call_region
 from avl_fx.runtime import calls, decoder_calls
@@ -56,10 +56,14 @@ class Region:
     """``decoder``, ``vision`` or ``model``."""
 
 
+class _Removable(Protocol):
+    def remove(self) -> None: ...
+
+
 @dataclass
 class _Compiled:
     regions: tuple[Region, ...]
-    hooks: tuple[RemovableHandle, ...]
+    hooks: tuple[_Removable, ...]
     plan: Plan
     kernels: KernelChoice
 
@@ -117,7 +121,11 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
         silent = resolved == Plan.identity() or region.role == "vision" or kwargs.get("disable")
         watched = _Watched(region, None if silent else _Noticing(region.name))
         _compat.compile_module(region.module, settings, kwargs, _limit_hit, watched, any_length)
-    hooks = [handle for module in wrapping(model) for handle in ModalityHook.install(module)]
+    hooks: list[_Removable] = [handle for module in wrapping(model) for handle in ModalityHook.install(module)]
+    if not kwargs.get("disable"):
+        hooks += [KeepsItsCalls(module) for module in wrapping(model) if hasattr(module, "get_compiled_call")]
+        if all(region.role != "model" for region in regions):  # else it is traced by its own compilation
+            hooks.append(warns_where_traced(unwrapped(model)))
     _compiled[unwrapped(model)] = _Compiled(regions, tuple(hooks), resolved, KernelChoice(model))
     return model
 

@@ -86,6 +86,48 @@ def test_transformers_decode_only_compile_with_a_lazy_plan(llava):
     assert any(s.action == "lazy (anchor 0)" for g in recorder.graphs for s in g.sites)
 
 
+def by_itself(model, inputs, **more):
+    """As `generate` runs on a GPU: over a static cache it compiles the decode steps of the whole model."""
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": config, "disable_compile": False}
+    return generate(model, inputs, **static, **more)
+
+
+@pytest.mark.parametrize("plan", [Plan.lazy([(1, 3)]), Plan.avl(0.3, 0.5, 3, text=None)], ids=str)
+def test_generate_does_not_compile_past_avl_compile(llava, plan, caplog):
+    model, inputs = llava
+    avl_fx.compile(model, plan, options=EAGER)
+    expected = generate(model, inputs, cache_implementation="static")
+    with recording() as recorder:
+        assert torch.equal(by_itself(model, inputs), expected)
+    copied = copy.deepcopy(model)
+    assert copied.get_compiled_call(None).__self__ is copied
+    avl_fx.uncompile(model)
+    assert "get_compiled_call" not in vars(model)
+    assert not recorder.graphs  # nothing was left to compile
+    assert "avl_fx" not in {record.name for record in caplog.records}
+
+
+def test_generate_that_compiles_past_model_compile_is_announced(llava, caplog):
+    model, inputs = llava
+    model.compile(backend="avl", options=EAGER | {"plan": Plan.lazy([(1, 3)])})
+    out = by_itself(model, inputs, output_logits=True, return_dict_in_generate=True)
+    assert out.logits[0].isfinite().all()
+    assert all(step.isnan().any() for step in out.logits[1:])  # never a plausible token
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "avl_fx"]
+    assert said.startswith("generate compiles the decode steps of this static cache by itself")
+
+
+def test_torch_compile_around_avl_compile_is_announced(llava, caplog):
+    model, inputs = llava
+    expected = model(**inputs).logits
+    avl_fx.compile(model, Plan.lazy([(1, 3)]), options=EAGER)
+    got = torch.compile(model, backend="eager")(**inputs).logits
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert "was compiled by avl_fx.compile, and now torch.compile traces it as it is written" in caplog.text
+
+
 def test_avl_compile_is_in_place_and_can_be_undone(llava):
     model, inputs = llava
     expected = generate(model, inputs)

@@ -30,6 +30,7 @@ class Mutation:
 P = "tests/passes/test_"
 FIND, NEGATIVE = f"{P}find_attention_transformers.py", f"{P}find_attention_negative.py"
 LIBRARY, CHECKPOINTS = f"{P}library_kernels.py", f"{P}inline_regions.py"
+DOORS_OPEN = "tests/e2e/test_front_doors.py"
 OPAQUE = "tests/e2e/test_attention_kernels.py"
 AUTOCAST, GRADIENTS = f"{P}find_attention_autocast.py", f"{P}find_attention_gradients.py"
 DESCRIBE = f"{P}describe.py"
@@ -1494,6 +1495,36 @@ MUTATIONS: list[Mutation] = [
             'if getattr(config, "attn_logit_softcapping", None):',
             "if False:",
             f"{OPAQUE} -k soft_capped",
+        ),
+    ),
+    *_in(
+        "avl_fx/outer_compile.py",
+        (
+            "let generate compile past what is compiled",
+            "vars(model)[_METHOD] = types.MethodType(get_compiled_call, model)",
+            "pass",
+            f"{DOORS_OPEN} -k past_avl",
+        ),
+        (
+            "answer for another model",
+            "types.MethodType(get_compiled_call, model)",
+            "lambda _: model.__call__",
+            f"{DOORS_OPEN} -k past_avl",
+        ),
+        (
+            "keep answering",
+            "vars(self._model).pop(_METHOD, None)",
+            "pass",
+            f"{DOORS_OPEN} -k past_avl",
+        ),
+    ),
+    *_in(
+        "avl_fx/regions.py",
+        (
+            "let buckets split the decoder",
+            'settings["optimize_ddp"] = False',
+            "pass",
+            "tests/e2e/test_wrapped_model.py -k buckets",
         ),
     ),
 ]
