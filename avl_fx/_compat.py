@@ -31,7 +31,6 @@ __all__ = [
     "compile_arguments",
     "compile_graph",
     "compile_module",
-    "compiles_steps_by_itself",
     "copy_module",
     "cpp_compiler",
     "decoder_depth",
@@ -198,16 +197,6 @@ def decoder_modules(decoder: torch.nn.Module) -> frozenset[torch.nn.Module]:
     others = [part for part in parts if part is not None and part is not text]
     apart = (m for m in decoder.modules() if any(getattr(m, "config", None) is part for part in others))
     return frozenset(decoder.modules()).difference(*(m.modules() for m in apart))
-
-
-def compiles_steps_by_itself(model: torch.nn.Module) -> bool:
-    """Whether `generate` is compiling ``model`` as a whole for decode steps, with another backend than ours.
-
-    It decides so before the prompt runs, where the cache is static and, unless told otherwise, the device a GPU.
-    """
-    config: Any = getattr(model, "_last_compile_config", None)
-    backend: Any = getattr(config, "backend", None)
-    return backend is not None and backend != "avl" and getattr(backend, "__name__", "") != "avl_backend"
 
 
 def attention_implementation(config: Any) -> str | None:

@@ -17,7 +17,6 @@ from avl_fx.errors import AvlError, CacheStateError, InternalError
 from avl_fx.modality import carried, given, may_carry
 from avl_fx.observe import active_observer
 from avl_fx.options import BackendOptions, parse_options
-from avl_fx.outer_compile import warn_of_steps
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.nodes import alias_root, arg, hint, op, shape, writes_to
 from avl_fx.passes.pipeline import run_stages
@@ -90,12 +89,9 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
         ctx = _make_context(gm, example_inputs, options)
     record.pass_seconds = time.perf_counter() - start
     _warn_of_dense_layers(ctx, options)
-    if frame is not None and options.plan != Plan.identity():
-        if not ctx.sites and record.linears["before"]:
-            for kernel in opaque_kernels(frame):
-                warn_of_hidden_attention(kernel, str(options.plan))
-        if any(site.cache == "static" for site in ctx.sites):
-            warn_of_steps(frame, str(options.plan))
+    if frame is not None and not ctx.sites and record.linears["before"] and options.plan != Plan.identity():
+        for kernel in opaque_kernels(frame):
+            warn_of_hidden_attention(kernel, str(options.plan))
     record.sites, record.dropped_keys = ctx.sites, ctx.dropped_keys
     record.visual = "none" if ctx.visual is None else ctx.visual.how
     record.expected_layers = ctx.expected_layers

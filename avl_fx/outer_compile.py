@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import types
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +15,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from avl_fx import _compat
-
-__all__ = ["KeepsItsCalls", "warn_of_steps", "warns_where_traced"]
+__all__ = ["KeepsItsCalls", "warns_where_traced"]
 
 log = logging.getLogger("avl_fx")
 
@@ -28,22 +25,6 @@ _METHOD = "get_compiled_call"
 def get_compiled_call(self: nn.Module, compile_config: Any = None) -> Callable[..., Any]:
     """What `generate` calls for such steps: the model, whose regions are compiled already."""
     return self.__call__
-
-
-_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def warn_of_steps(model: nn.Module, plan: str) -> None:
-    """Say, once of each ``model``, where `generate` is about to compile its steps past this backend."""
-    if _compat.compiles_steps_by_itself(model) and model not in _told:
-        _told.add(model)
-        log.warning(
-            "generate compiles the decode steps of this static cache by itself and with another backend, so %s does "
-            "nothing in them, and where it left keys of lazy layers out logits are NaN. Fix: avl_fx.compile(model, "
-            "plan=...), which keeps generate from that; or generate(..., disable_compile=True); or "
-            "generate(..., compile_config=CompileConfig(backend='avl', options={'plan': plan})).",
-            plan,
-        )
 
 
 class KeepsItsCalls:

@@ -109,14 +109,16 @@ def test_generate_does_not_compile_past_avl_compile(llava, plan, caplog):
     assert "avl_fx" not in {record.name for record in caplog.records}
 
 
-def test_generate_that_compiles_past_model_compile_is_announced(llava, caplog):
+@pytest.mark.parametrize("part", ["call", "forward"])
+def test_nor_past_a_model_that_is_compiled_as_a_whole(llava, part):
     model, inputs = llava
-    model.compile(backend="avl", options=EAGER | {"plan": Plan.lazy([(1, 3)])})
-    out = by_itself(model, inputs, output_logits=True, return_dict_in_generate=True)
-    assert out.logits[0].isfinite().all()
-    assert all(step.isnan().any() for step in out.logits[1:])  # never a plausible token
-    (said,) = [r.getMessage() for r in caplog.records if r.name == "avl_fx"]
-    assert said.startswith("generate compiles the decode steps of this static cache by itself")
+    options = EAGER | {"plan": Plan.lazy([(1, 3)])}
+    if part == "call":
+        model.compile(backend="avl", options=options)
+    else:
+        model.forward = torch.compile(model.forward, backend="avl", options=options)
+    expected = generate(model, inputs, cache_implementation="static")
+    assert torch.equal(by_itself(model, inputs), expected)
 
 
 def test_torch_compile_around_avl_compile_is_announced(llava, caplog):
