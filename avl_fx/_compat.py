@@ -40,6 +40,7 @@ __all__ = [
     "graph_breaks",
     "inductor_config_types",
     "inductor_modes",
+    "is_compiled",
     "isolation",
     "readable",
     "recompile_limit",
@@ -298,6 +299,13 @@ def uncompiled(model: Any) -> Any:
     while isinstance(model, OptimizedModule):
         model = model._orig_mod
     return model
+
+
+def is_compiled(module: torch.nn.Module, in_place: bool = True) -> bool:
+    """Whether Dynamo compiles calls of ``module``: its wrapper, its ``forward``, or ``in_place`` its call."""
+    if isinstance(module, OptimizedModule) or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+        return True
+    return in_place and module._compiled_call_impl is not None
 
 
 def strip_compilation(model: torch.nn.Module) -> None:

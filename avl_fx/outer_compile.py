@@ -41,20 +41,26 @@ class KeepsItsCalls:
 
 
 def warns_where_traced(model: nn.Module) -> RemovableHandle:
-    """Say it where ``model`` is traced as a whole."""
-    return model.register_forward_pre_hook(_warn_if_traced)
+    """Say it once where ``model`` is traced as a whole."""
+    return model.register_forward_pre_hook(_Warning())
 
 
-def _warn_if_traced(module: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():
-        _warn(type(module).__name__)
+class _Warning:
+    def __init__(self) -> None:
+        self._said = False
 
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._say(type(module).__name__)
 
-@torch.compiler.disable
-def _warn(name: str) -> None:
-    log.warning(
-        "%s was compiled by avl_fx.compile, and now torch.compile traces it as it is written: the plan does nothing "
-        "there, and where it left keys of lazy layers out logits are NaN. Fix: drop the outer torch.compile, or "
-        "avl_fx.uncompile(model) and torch.compile(model, backend='avl', options={'plan': plan}).",
-        name,
-    )
+    @torch.compiler.disable
+    def _say(self, name: str) -> None:
+        if self._said:
+            return
+        self._said = True
+        log.warning(
+            "%s was compiled by avl_fx.compile, and now torch.compile traces it as it is written: the plan does "
+            "nothing there, and where it left keys of lazy layers out logits are NaN. Fix: drop the outer torch.compile, or "
+            "avl_fx.uncompile(model) and torch.compile(model, backend='avl', options={'plan': plan}).",
+            name,
+        )

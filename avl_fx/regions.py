@@ -89,7 +89,7 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
         ``model`` itself.
 
     Raises:
-        CaptureError: ``model`` is not a module.
+        CaptureError: ``model`` is not a module, or was compiled before by something else.
         OptionError: an option is wrong, or ``backend`` is given.
         PlanError: the plan is wrong, or made for another depth.
     """
@@ -105,8 +105,9 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
     depth = _compat.decoder_depth(unwrapped(model))
     if depth is not None:
         resolved.check_depth(depth)
-    uncompile(model)
     regions = find_regions(model)
+    _check_uncompiled(model, regions)
+    uncompile(model)
     for region in regions:
         settings = dict(_DECODER_SETTINGS) if region.role == "decoder" else {}
         if not resolved.is_lossless and region.role != "vision":
@@ -158,6 +159,21 @@ def find_regions(model: nn.Module) -> tuple[Region, ...]:
         if not inside:
             regions.append(Region(_path(model, vision), vision, "vision"))
     return tuple(regions)
+
+
+def _check_uncompiled(model: nn.Module, regions: tuple[Region, ...]) -> None:
+    """Whoever compiles around a region traces it as it is written."""
+    whole = [region for region in regions if region.role == "model"]
+    around = [module for module in wrapping(model) if _compat.is_compiled(module, in_place=not whole)]
+    inside = [region.module for region in regions if _compat.is_compiled(region.module, in_place=False)]
+    for module in (*around, *inside):
+        raise CaptureError(
+            f"{type(_compat.uncompiled(module)).__name__} is compiled by torch.compile already, which would go past "
+            "what avl_fx.compile does to the parts of the model",
+            field="model",
+            remedy="pass the model as it was before torch.compile; or leave it to torch.compile(model, backend='avl', "
+            "options={'plan': plan}) alone",
+        )
 
 
 class _Watched:

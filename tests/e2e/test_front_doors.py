@@ -125,9 +125,44 @@ def test_torch_compile_around_avl_compile_is_announced(llava, caplog):
     model, inputs = llava
     expected = model(**inputs).logits
     avl_fx.compile(model, Plan.lazy([(1, 3)]), options=EAGER)
-    got = torch.compile(model, backend="eager")(**inputs).logits
+    outer = torch.compile(model, backend="eager")
+    outer(**inputs)
+    got = outer(**inputs).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-    assert "was compiled by avl_fx.compile, and now torch.compile traces it as it is written" in caplog.text
+    assert caplog.text.count("was compiled by avl_fx.compile, and now torch.compile traces it as it is written") == 1
+
+
+def in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def its_forward(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def its_decoder(model):
+    model.model.language_model = torch.compile(model.model.language_model, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("how", [in_place, its_forward, its_decoder, lambda m: torch.compile(m, backend="eager")])
+def test_a_model_that_is_compiled_already_is_refused(llava, how):
+    """What was compiled before would go past it, at every call."""
+    model, _ = llava
+    with pytest.raises(CaptureError, match=r"is compiled by torch\.compile already") as raised:
+        avl_fx.compile(how(model), options=EAGER)
+    assert raised.value.field == "model"
+    assert not model._forward_pre_hooks
+
+
+def test_a_model_of_one_region_may_be_compiled_again():
+    """As with `nn.Module.compile`."""
+    model = ZOO["plain_lvlm"].make()
+    model.compile(backend="eager")
+    assert avl_fx.compile(model, options=EAGER) is model
+    avl_fx.compile(model, options=EAGER)
 
 
 def test_avl_compile_is_in_place_and_can_be_undone(llava):
