@@ -60,7 +60,8 @@ class _Warning:
         self._said = True
         log.warning(
             "%s was compiled by avl_fx.compile, and now torch.compile traces it as it is written: the plan does "
-            "nothing there, and where it left keys of lazy layers out logits are NaN. Fix: drop the outer torch.compile, or "
-            "avl_fx.uncompile(model) and torch.compile(model, backend='avl', options={'plan': plan}).",
+            "nothing there, and where it left keys of lazy layers out logits are NaN. Fix: drop the outer "
+            "torch.compile, or avl_fx.uncompile(model) and torch.compile(model, backend='avl', "
+            "options={'plan': plan}).",
             name,
         )
