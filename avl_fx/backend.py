@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -162,20 +163,27 @@ def _warn_of_dense_layers(ctx: PassContext, options: BackendOptions) -> None:
     layers, expected = {s.layer for s in sites}, ctx.expected_layers or sites[0].depth
     attending = None if expected is None else expected - len(ctx.without_attention)
     if attending is not None and len(layers) < attending:
-        log.warning(
-            "a graph holds %d of %d decoder layers; lazy layers whose anchor is in another graph stay dense. %s",
-            len(layers),
-            attending,
-            "avl_fx.compile(model, plan=...) captures the decoder as one graph."
-            if region_decoder() is None
-            else "TORCH_LOGS=graph_breaks tells what breaks the decoder into pieces.",
-        )
+        warn_of_pieces(len(layers), attending, region_decoder() is not None, str(options.plan))
     if _compat.is_last_recompile():
         log.warning(
             "Dynamo compiles this frame for the last time (torch._dynamo.config.recompile_limit) and will run new "
             "shapes eagerly, where the keys of lazy layers are missing and logits become NaN. Raise the limit, mark "
             "dimensions dynamic, or use avl_fx.compile(model, plan=...), which raises instead."
         )
+
+
+@functools.cache
+def warn_of_pieces(layers: int, expected: int, by_region: bool, plan: str) -> None:
+    """Say, once and not for each piece, that a decoder was captured in pieces of so many ``layers``."""
+    log.warning(
+        "a graph holds %d of %d decoder layers; lazy layers whose anchor is in another graph stay dense (%s). %s",
+        layers,
+        expected,
+        plan,
+        "TORCH_LOGS=graph_breaks tells what breaks the decoder into pieces."
+        if by_region
+        else "avl_fx.compile(model, plan=...) captures the decoder as one graph.",
+    )
 
 
 def _dense_keys(gm: fx.GraphModule, ctx: PassContext) -> tuple[tuple[int, int | None], ...]:

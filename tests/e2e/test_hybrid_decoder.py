@@ -62,6 +62,7 @@ def test_layers_with_attention_are_partitioned(model, inputs):
 
 
 def test_a_layer_without_attention_is_no_anchor_and_not_missing(model, inputs, caplog):
+    warn_of_pieces.cache_clear()
     caplog.set_level(logging.WARNING, logger="avl_fx")
     expected = prefill_and_decode(model, inputs, "dynamic", 2)
     with through("avl_fx.compile", model, plan=Plan.lazy([(0, 3)]), compiler="eager") as recorder:

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from avl_fx import Plan
+from avl_fx.backend import warn_of_pieces
 from tests.e2e._doors import through
 from tests.zoo import ZOO
 from tests.zoo._run import prefill_and_decode
@@ -15,6 +16,7 @@ from tests.zoo._run import prefill_and_decode
 @pytest.fixture
 def warnings(caplog):
     caplog.set_level(logging.WARNING, logger="avl_fx")
+    warn_of_pieces.cache_clear()
     return lambda: [r.getMessage() for r in caplog.records if r.name == "avl_fx"]
 
 
@@ -27,7 +29,8 @@ def test_fragments_are_announced_under_a_lazy_plan_only(warnings):
     assert not warnings()
     with through("torch.compile", model, compiler="eager", plan=Plan.lazy([(0, 3)])):
         prefill_and_decode(model, inputs, "dynamic", steps=0)
-    assert any("1 of 12 decoder layers" in message for message in warnings())
+    (said,) = (message for message in warnings() if "1 of 12 decoder layers" in message)
+    assert "Plan(lazy: gla 0..3)" in said
 
 
 @pytest.mark.parametrize("how", ["stance", "mode"])
