@@ -11,6 +11,7 @@ from transformers import DynamicCache, Lfm2Config, Lfm2VlConfig, Lfm2VlForCondit
 
 import avl_fx
 from avl_fx import AVLCache, Plan
+from avl_fx.backend import warn_of_pieces
 from avl_fx.errors import CacheStateError
 from avl_fx.passes.site import Reason
 from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
