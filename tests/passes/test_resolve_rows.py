@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -62,8 +62,13 @@ def situations(draw_):
     }
 
 
+RAGGED = {"batch": 2, "queries": 3, "length": 5, "kept": [[0, 1, 2, 4], [3]], "seed": 0, "dynamic": False}
+
+
 @settings(max_examples=25, deadline=None)
 @given(situations())
+@example({**RAGGED, "mask": "bool"})
+@example({**RAGGED, "mask": "additive"})
 def test_attention_over_stored_rows_is_attention_without_the_others(case):
     generator = torch.Generator().manual_seed(case["seed"])
     batch, queries, length = case["batch"], case["queries"], case["length"]
