@@ -45,6 +45,16 @@ RECOMPILE_LIMIT = 16
 and without padding, prompts, and steps on a cache that is packed or grows: that is more than Dynamo's eight."""
 
 
+_SETTINGS_OF_DROPPED_KEYS: Mapping[str, Any] = {
+    # Past its recompile limit Dynamo runs the frame eagerly and says nothing; under a plan that drops keys that would
+    # be a dense layer on a cache without keys.
+    "fail_on_recompile_limit_hit": True,
+    # Inside of DistributedDataParallel graphs are split where a bucket of gradients is full, and a lazy layer whose
+    # anchor is in another piece would be dense. All gradients are exchanged behind the backward then.
+    "optimize_ddp": False,
+}
+
+
 @dataclass(frozen=True)
 class Region:
     """A module that is compiled as one piece."""
@@ -111,13 +121,7 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
     for region in regions:
         settings = dict(_DECODER_SETTINGS) if region.role == "decoder" else {}
         if not resolved.is_lossless and region.role != "vision":
-            # Past its recompile limit Dynamo runs the frame eagerly and says nothing; under a plan that drops keys
-            # that would be a dense layer on a cache without keys.
-            settings["fail_on_recompile_limit_hit"] = True
-            settings["recompile_limit"] = RECOMPILE_LIMIT
-            # Inside of DistributedDataParallel graphs are split where a bucket of gradients is full, and a lazy layer
-            # whose anchor is in another piece would be dense. All gradients are exchanged behind the backward then.
-            settings["optimize_ddp"] = False
+            settings |= {**_SETTINGS_OF_DROPPED_KEYS, "recompile_limit": RECOMPILE_LIMIT}
         any_length = resolved.filters_prompts and region.role != "vision"
         silent = resolved == Plan.identity() or region.role == "vision" or kwargs.get("disable")
         watched = _Watched(region, None if silent else _Noticing(region.name))

@@ -1522,8 +1522,8 @@ MUTATIONS: list[Mutation] = [
         "avl_fx/regions.py",
         (
             "let buckets split the decoder",
-            'settings["optimize_ddp"] = False',
-            "pass",
+            '"optimize_ddp": False,',
+            "",
             "tests/e2e/test_wrapped_model.py -k buckets",
         ),
     ),
