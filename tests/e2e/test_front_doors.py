@@ -109,7 +109,7 @@ def test_generate_does_not_compile_past_avl_compile(llava, plan, caplog):
     assert "avl_fx" not in {record.name for record in caplog.records}
 
 
-@pytest.mark.parametrize("part", ["call", "forward"])
+@pytest.mark.parametrize("part", ["call", pytest.param("forward", marks=pytest.mark.matrix)])
 def test_nor_past_a_model_that_is_compiled_as_a_whole(llava, part):
     model, inputs = llava
     options = EAGER | {"plan": Plan.lazy([(1, 3)])}
