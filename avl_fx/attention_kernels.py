@@ -65,14 +65,11 @@ class KernelChoice:
     def __init__(self, model: nn.Module) -> None:
         self._changed: list[tuple[Any, str, str]] = []
         """Configuration, and the implementation that it named and names now."""
-        self.replaced: dict[str, str] = {}
-        """The same without the configurations, also when it has been given back."""
         for module, config, name in _opaque(model):
             instead = _compat.visible_implementation(module, config)
             if instead is not None:
                 self._changed.append((config, name, instead))
                 _compat.set_attention_implementation(config, instead)
-                self.replaced[name] = instead
         for name, instead in () if model in _told else self.replaced.items():
             log.warning(
                 "Attention runs in %s instead of %s as long as the model is compiled by avl_fx.compile: no graph shows "
@@ -83,6 +80,11 @@ class KernelChoice:
             )
         if self.replaced:
             _told.add(model)
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """Implementations that were asked for -> what stands in their place."""
+        return {before: instead for _, before, instead in self._changed}
 
     def give_back(self) -> None:
         """Let it attend as it did before, where nobody has asked for something else since."""

@@ -47,8 +47,8 @@ def inline_regions(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             pending[:0] = [n for n in made if _bodies(gm, n)]
         else:
             _refuse(region, bodies, ctx, result)
+    inlined.intersection_update(gm.graph.nodes)  # without regions that stood in others
     # Dynamo keeps a node without users for its effects, here as elsewhere.
-    inlined.intersection_update(gm.graph.nodes)
     ctx.initially_unused |= {node for node in inlined if not node.users}
     result.added_mutations = tuple(node.name for node in mutations(gm.graph.nodes) if node in inlined)
     return result
@@ -131,5 +131,5 @@ def _attends(node: fx.Node) -> bool:
     except NotAttention:
         return False
     except Refusal:
-        return True
+        pass
     return True

@@ -5,6 +5,8 @@
 into one, is read from tensors while the model runs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -49,19 +51,7 @@ def forward(
 
 
 @forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    return_softmax: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, *others: Any, **more: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     return torch.empty_like(q), lse, q.new_empty(0), torch.empty(2, dtype=torch.int64)
