@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.config
+import torch._dynamo.guards
 import torch._inductor.config
 
 # Dynamo's structured trace is meant for a file. It is written where its logger has a handler, and pytest gives its own
@@ -18,6 +20,13 @@ logging.getLogger("torch.__trace").propagate = True
 torch._inductor.config.aot_inductor.link_libtorch = False
 for _library in sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*")):
     ctypes.CDLL(str(_library), mode=ctypes.RTLD_GLOBAL)
+
+# Behind each graph Dynamo times its guards (with a cold cache: it writes over megabytes first), collects garbage, and
+# writes down who changed which object: a tenth of the time of these tests, whose graphs are small, and nobody reads it.
+torch._dynamo.guards.profile_guard_manager = lambda *guards_locals_times: 0.0
+torch._dynamo.config.run_gc_after_compile = False
+if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
+    torch._dynamo.config.side_effect_replay_policy = "silent"
 
 
 FROZEN_EVERY = 8

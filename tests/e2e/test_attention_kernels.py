@@ -112,6 +112,7 @@ def test_what_was_asked_for_comes_back():
     assert implementations(model) == {"eager"}
 
 
+@pytest.mark.matrix
 def test_whoever_borrows_a_model_gives_it_back():
     model = attending_in(KERNEL)
     inputs = ZOO["llava"].inputs(model, 1)

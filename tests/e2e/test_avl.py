@@ -124,7 +124,7 @@ def test_partitioned_equals_oracle(case):
     check(*case, compiler="eager")
 
 
-@pytest.mark.parametrize("case", rest_in_matrix(CHOSEN, TOGETHER[1:]), ids=ids)
+@pytest.mark.parametrize("case", rest_in_matrix(CHOSEN, TOGETHER[-1:]), ids=ids)
 def test_layers_that_choose_and_move_at_once_equal_oracle(case, monkeypatch):
     """As they do where they are not on a CPU."""
     monkeypatch.setattr(avl_fx.partition, "one_by_one", lambda device: False)

@@ -3,6 +3,7 @@
 That its answers are the oracle's is tested with the other caches, in `test_avl`.
 """
 
+import contextlib
 import copy
 
 import pytest
@@ -51,24 +52,45 @@ def compiled(model, plan, door="avl_fx.compile"):
     return through(door, model, compiler="eager", plan=plan)
 
 
+@pytest.fixture(scope="module")
+def under():
+    """A model that is compiled under a plan: the same one, and its graphs, for tests in a row that ask for one plan."""
+    with contextlib.ExitStack() as stack:
+        model, last = None, None
+
+        def under(plan):
+            nonlocal model, last
+            if plan != last:
+                stack.close()
+                model, last = ZOO_MODEL.make(), plan
+                stack.enter_context(compiled(model, plan))
+            return model
+
+        yield under
+
+
+@torch.no_grad()
+def steps_on(model, cache, mask, count, start=7):
+    """Logits of ``count`` steps with given tokens; the same on every implementation."""
+    logits = []
+    for step in range(count):
+        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], 1)
+        token = torch.full((len(mask), 1), start + step)
+        logits.append(model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1])
+    return logits
+
+
+@torch.no_grad()
+def prompt(model, inputs, cache):
+    model(**inputs, past_key_values=cache, use_cache=True)
+    return inputs["attention_mask"]
+
+
+def mask_after(mask, steps):
+    return torch.cat([mask, torch.ones(len(mask), steps, dtype=mask.dtype)], 1)
+
+
 # ---- what it stores --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.matrix), 3])
-def test_it_stores_text_and_secondary_to_the_byte(model, batch):
-    inputs = inputs_of(model, batch)
-    visual, real = ZOO_MODEL.visual_positions(model, inputs), inputs["attention_mask"].bool()
-    cache, steps = AVLCache(PAPER, model.config), 6
-    with compiled(model, PAPER):
-        prefill_and_decode(model, inputs, cache, steps=steps)
-    # Padding is not stored; what is fed later stands behind the longest row of the batch.
-    counts = zip(real.sum(1).tolist(), visual.sum(1).tolist(), strict=True)
-    rows = max(tokens - images + int(0.5 * images) for tokens, images in counts) + steps
-    text = model.config.get_text_config()
-    kv_heads, head_dim = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
-    assert cache.stored_bytes == 2 * text.num_hidden_layers * batch * kv_heads * rows * head_dim * 4
-    assert cache.get_seq_length() == visual.shape[1] + steps
-    assert cache.dense_bytes == cache.stored_bytes * cache.get_seq_length() // rows
 
 
 def test_a_text_window_keeps_the_cache_small(model):
@@ -133,7 +155,8 @@ def test_lazy_layers_own_no_visual_keys(model, reads, mode):
     assert cache.stored_bytes < compact_cache_bytes(stored, images.tolist(), share, layers)
 
 
-@pytest.mark.parametrize("kind", ["compact", pytest.param("dynamic", marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["compact", "dynamic"])
 def test_seven_lazy_layers_of_ten_save_35_percent(kind):
     """Keys of seven layers: 7 of 20 tensors of equal size, by the formula and by what the allocator gave."""
     layers, steps = 10, 8
@@ -183,16 +206,75 @@ def test_less_than_half_of_a_prompt_of_576_visual_tokens_is_stored():
     assert caches[0].stored_bytes < caches[0].allocated_bytes <= 0.45 * dense
 
 
-def test_what_lies_behind_it_is_counted(model):
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.matrix), 3])
+def test_it_stores_text_and_secondary_to_the_byte(under, batch):
+    model = under(PAPER)
+    inputs = inputs_of(model, batch)
+    visual, real = ZOO_MODEL.visual_positions(model, inputs), inputs["attention_mask"].bool()
+    cache, steps = AVLCache(PAPER, model.config), 6
+    prefill_and_decode(model, inputs, cache, steps=steps)
+    # Padding is not stored; what is fed later stands behind the longest row of the batch.
+    counts = zip(real.sum(1).tolist(), visual.sum(1).tolist(), strict=True)
+    rows = max(tokens - images + int(0.5 * images) for tokens, images in counts) + steps
+    text = model.config.get_text_config()
+    kv_heads, head_dim = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+    assert cache.stored_bytes == 2 * text.num_hidden_layers * batch * kv_heads * rows * head_dim * 4
+    assert cache.get_seq_length() == visual.shape[1] + steps
+    assert cache.dense_bytes == cache.stored_bytes * cache.get_seq_length() // rows
+
+
+def test_what_lies_behind_it_is_counted(under):
+    model = under(PAPER)
     cache = AVLCache(PAPER, model.config)
-    with compiled(model, PAPER):
-        prefill_and_decode(model, inputs_of(model), cache, steps=3)
+    prefill_and_decode(model, inputs_of(model, 3), cache, steps=3)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for x in cache.layers for t in (x.keys, x.values)}
     assert cache.allocated_bytes == sum(s.nbytes() for s in storages.values())
     assert len(storages) == 2 * len(cache.layers)
 
 
 # ---- the contract ----------------------------------------------------------------------------------------------------
+
+
+def test_a_reset_cache_is_empty(under):
+    model = under(PAPER)
+    cache = AVLCache(PAPER, model.config)
+    first = prefill_and_decode(model, inputs_of(model, 3), cache, steps=3)
+    cache.reset()
+    assert (cache.get_seq_length(), cache.stored_bytes) == (0, 0)
+    again = prefill_and_decode(model, inputs_of(model, 3), cache, steps=3)
+    assert largest(first, again) == 0
+
+
+def test_early_initialization(under):
+    model = under(PAPER)
+    text = model.config.get_text_config()
+    cache = AVLCache(PAPER, model.config)
+    heads, dim = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+    cache.early_initialization(3, heads, dim, torch.float32, torch.device("cpu"))
+    got = prefill_and_decode(model, inputs_of(model, 3), cache, steps=3)
+    expected = prefill_and_decode(model, inputs_of(model, 3), AVLCache(PAPER, model.config), steps=3)
+    assert largest(got, expected) == 0
+
+
+def test_what_was_fed_since_the_prompt_can_be_taken_back(under):
+    model = under(PAPER)
+    inputs = inputs_of(model, 3)
+    straight, wavering = (AVLCache(PAPER, model.config) for _ in range(2))
+    for cache in (straight, wavering):
+        mask = prompt(model, inputs, cache)
+    # A step that does not refresh leaves core as it is: taking it back leaves no trace.
+    kept = steps_on(model, straight, mask, 1)
+    tried = steps_on(model, wavering, mask, 1)
+    wavering.crop(-1)
+    assert wavering.get_seq_length() == mask.shape[1]
+    again = steps_on(model, wavering, mask, 1)
+    assert largest(kept, tried) == 0
+    assert largest(kept, again) <= FLOAT32_TOLERANCE
+    before = [layer.keys.clone() for layer in wavering.layers]
+    with pytest.raises(CacheStateError, match="cannot be taken back"):
+        wavering.crop(-2)
+    assert all(torch.equal(layer.keys, old) for layer, old in zip(wavering.layers, before, strict=True))
+    assert wavering.get_seq_length() == mask.shape[1] + 1
 
 
 @pytest.mark.parametrize(
@@ -224,7 +306,8 @@ def test_a_second_turn_with_another_image(model, text, spread):
 
 
 @EVERY_PLAN
-def test_two_caches_take_turns(model, plan):
+def test_two_caches_take_turns(under, plan):
+    model = under(plan)
     batches = [inputs_of(model, 2, seed) for seed in (0, 1)]
 
     @torch.no_grad()
@@ -245,96 +328,32 @@ def test_two_caches_take_turns(model, plan):
             logits[number].append(out.logits[:, -1])
         return logits
 
-    with compiled(model, plan):
-        alone = {n: play([n] * 6)[n] for n in (0, 1)}
-        mixed = play([0, 1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 1])
+    alone = {n: play([n] * 6)[n] for n in (0, 1)}
+    mixed = play([0, 1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 1])
     for number in (0, 1):
         assert largest(mixed[number], alone[number]) <= FLOAT32_TOLERANCE
 
 
-@torch.no_grad()
-def steps_on(model, cache, mask, count, start=7):
-    """Logits of ``count`` steps with given tokens; the same on every implementation."""
-    logits = []
-    for step in range(count):
-        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], 1)
-        token = torch.full((len(mask), 1), start + step)
-        logits.append(model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1])
-    return logits
-
-
-@torch.no_grad()
-def prompt(model, inputs, cache):
-    model(**inputs, past_key_values=cache, use_cache=True)
-    return inputs["attention_mask"]
-
-
 @EVERY_PLAN
-def test_batch_rows_may_be_picked_and_repeated(model, plan):
+def test_batch_rows_may_be_picked_and_repeated(under, plan):
     """Rows of a batch know nothing of each other: picked rows go on as they would have."""
+    model = under(plan)
     inputs = inputs_of(model, 3)
     index = torch.tensor([2, 0, 0])
-    with compiled(model, plan):
-        whole = AVLCache(plan, model.config)
-        mask = prompt(model, inputs, whole)
-        steps_on(model, whole, mask, 4, start=30)
-        mask = torch.cat([mask, torch.ones(3, 4, dtype=mask.dtype)], 1)
-        picked, repeated, copied = copy.deepcopy(whole), copy.deepcopy(whole), copy.deepcopy(whole)
-        picked.reorder_cache(index)
-        repeated.batch_repeat_interleave(2)
-        expected = steps_on(model, whole, mask, 5)
-        again = steps_on(model, copied, mask, 5)
-        of_picked = steps_on(model, picked, mask[index], 5)
-        of_repeated = steps_on(model, repeated, mask.repeat_interleave(2, 0), 5)
+    whole = AVLCache(plan, model.config)
+    mask = prompt(model, inputs, whole)
+    steps_on(model, whole, mask, 4, start=30)
+    mask = torch.cat([mask, torch.ones(3, 4, dtype=mask.dtype)], 1)
+    picked, repeated, copied = copy.deepcopy(whole), copy.deepcopy(whole), copy.deepcopy(whole)
+    picked.reorder_cache(index)
+    repeated.batch_repeat_interleave(2)
+    expected = steps_on(model, whole, mask, 5)
+    again = steps_on(model, copied, mask, 5)
+    of_picked = steps_on(model, picked, mask[index], 5)
+    of_repeated = steps_on(model, repeated, mask.repeat_interleave(2, 0), 5)
     assert largest(again, expected) <= FLOAT32_TOLERANCE
     assert largest(of_picked, [row[index] for row in expected]) <= FLOAT32_TOLERANCE
     assert largest(of_repeated, [row.repeat_interleave(2, 0) for row in expected]) <= FLOAT32_TOLERANCE
-
-
-def test_what_was_fed_since_the_prompt_can_be_taken_back(model):
-    inputs = inputs_of(model, 3)
-    with compiled(model, PAPER):
-        straight, wavering = (AVLCache(PAPER, model.config) for _ in range(2))
-        for cache in (straight, wavering):
-            mask = prompt(model, inputs, cache)
-        # A step that does not refresh leaves core as it is: taking it back leaves no trace.
-        kept = steps_on(model, straight, mask, 1)
-        tried = steps_on(model, wavering, mask, 1)
-        wavering.crop(-1)
-        assert wavering.get_seq_length() == mask.shape[1]
-        again = steps_on(model, wavering, mask, 1)
-        assert largest(kept, tried) == 0
-        assert largest(kept, again) <= FLOAT32_TOLERANCE
-        before = [layer.keys.clone() for layer in wavering.layers]
-        with pytest.raises(CacheStateError, match="cannot be taken back"):
-            wavering.crop(-2)
-        assert all(torch.equal(layer.keys, old) for layer, old in zip(wavering.layers, before, strict=True))
-        assert wavering.get_seq_length() == mask.shape[1] + 1
-
-
-def mask_after(mask, steps):
-    return torch.cat([mask, torch.ones(len(mask), steps, dtype=mask.dtype)], 1)
-
-
-def test_a_reset_cache_is_empty(model):
-    cache = AVLCache(PAPER, model.config)
-    with compiled(model, PAPER):
-        first = prefill_and_decode(model, inputs_of(model), cache, steps=3)
-        cache.reset()
-        assert (cache.get_seq_length(), cache.stored_bytes) == (0, 0)
-        again = prefill_and_decode(model, inputs_of(model), cache, steps=3)
-    assert largest(first, again) == 0
-
-
-def test_early_initialization(model):
-    text = model.config.get_text_config()
-    cache = AVLCache(PAPER, model.config)
-    heads, dim = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
-    cache.early_initialization(1, heads, dim, torch.float32, torch.device("cpu"))
-    with compiled(model, PAPER):
-        got = prefill_and_decode(model, inputs_of(model), cache, steps=3)
-        expected = prefill_and_decode(model, inputs_of(model), AVLCache(PAPER, model.config), steps=3)
-    assert largest(got, expected) == 0
 
 
 def way_of(model, how):
@@ -345,9 +364,8 @@ def way_of(model, how):
     return inputs_of(model, 1 if how == "assisted" else 2), options
 
 
-@pytest.mark.parametrize(
-    "how", [*(pytest.param(how, marks=pytest.mark.matrix) for how in ("beams", "sampling")), "assisted"]
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("how", ["beams", "sampling", "assisted"])
 def test_other_ways_to_generate(model, how):
     """One visual key in a hundred is left out, and tokens are those of a stock cache under the same plan or none."""
     inputs, options = way_of(model, how)

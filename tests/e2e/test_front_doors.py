@@ -42,7 +42,9 @@ def test_torch_compile_of_a_model(llava):
     assert decoder_graphs(recorder)
 
 
-@pytest.mark.parametrize("backend", ["avl", avl_backend], ids=["name", "function"])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("avl", marks=pytest.mark.matrix), avl_backend], ids=["name", "function"]
+)
 def test_model_compile_then_generate(llava, backend):
     model, inputs = llava
     expected = generate(model, inputs)
@@ -94,7 +96,11 @@ def by_itself(model, inputs, **more):
     return generate(model, inputs, **static, **more)
 
 
-@pytest.mark.parametrize("plan", [Plan.lazy([(1, 3)]), Plan.avl(0.3, 0.5, 3, text=None)], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [Plan.lazy([(1, 3)]), pytest.param(Plan.avl(0.3, 0.5, 3, text=None), marks=pytest.mark.matrix)],
+    ids=str,
+)
 def test_generate_does_not_compile_past_avl_compile(llava, plan, caplog):
     model, inputs = llava
     avl_fx.compile(model, plan, options=EAGER)

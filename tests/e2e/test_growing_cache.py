@@ -146,9 +146,10 @@ def test_crop_and_go_on():
     assert appends(recorder)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "how",
-    [{"num_beams": 3}, pytest.param({"do_sample": True, "top_k": 20}, marks=pytest.mark.matrix)],
+    [{"num_beams": 3}, {"do_sample": True, "top_k": 20}],
     ids=["beams", "sampling"],
 )
 def test_generate_gives_the_same_tokens(how):

@@ -10,6 +10,7 @@ from transformers import CLIPVisionConfig, DeepseekV3Config, DynamicCache, Llava
 import avl_fx
 from avl_fx import AVLCache, Plan
 from avl_fx.passes.site import Reason
+from tests.e2e._covering import rest_in_matrix
 from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
 from tests.e2e.test_avl import converse
 from tests.oracle import avl_oracle, lazy_oracle
@@ -79,9 +80,9 @@ def test_identity_equals_eager_through_inductor(cache, door):
 @pytest.mark.parametrize(
     ("cache", "batch", "text"),
     [
-        ("dynamic", 3, None),
         ("static", 3, 0.5),
         ("compact", 3, 0.5),
+        pytest.param("dynamic", 3, None, marks=pytest.mark.matrix),
         pytest.param("dynamic", 1, 0.5, marks=pytest.mark.matrix),
         pytest.param("static", 1, None, marks=pytest.mark.matrix),
         pytest.param("compact", 1, None, marks=pytest.mark.matrix),
@@ -103,6 +104,7 @@ def test_partitioned_equals_oracle(cache, batch, text):
     assert all(site.latent and "partitioned" in site.action for site in steps(recorder))
 
 
+@pytest.mark.matrix
 def test_all_heads_share_one_ranking():
     """There is one head of latents, whatever the plan asks for."""
     model = make()
@@ -130,7 +132,8 @@ def test_a_compact_cache_stores_fewer_latents():
         assert (layer.keys.shape, layer.values.shape) == ((1, 1, rows, RANK), (1, 1, rows, ROPE))
 
 
-@pytest.mark.parametrize("text", [None, pytest.param(0.5, marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("text", [None, 0.5])
 def test_a_second_turn_on_a_compact_cache(text):
     """A prompt of many queries over fewer rows than the model believes in: there is nothing to expand."""
     model = make()
@@ -146,7 +149,7 @@ def test_a_second_turn_on_a_compact_cache(text):
     assert largest(found, expected) <= FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("how", ["beams", "assisted", pytest.param("pieces", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("how", rest_in_matrix(["beams", "assisted", "pieces"], ["assisted"]))
 @pytest.mark.parametrize("cache", ["compact", pytest.param("dynamic", marks=pytest.mark.matrix)])
 def test_other_ways_to_generate(cache, how):
     """One visual key in a hundred is left out, and tokens are those of the stock model."""
@@ -166,7 +169,7 @@ def test_other_ways_to_generate(cache, how):
         assert torch.equal(model.generate(**inputs, **options, past_key_values=past), expected)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.matrix), "compact"])
+@pytest.mark.parametrize("cache", rest_in_matrix(["dynamic", "static", "compact"], ["compact"]))
 def test_lazy_layers_equal_oracle(cache):
     """They make values of latents of their own, and a cache keeps all of these."""
     model = make()

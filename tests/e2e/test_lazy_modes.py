@@ -134,14 +134,15 @@ def test_a_block_has_one_choice_of_keys(mode, preset, cache):
 @pytest.mark.parametrize(
     ("images", "door"),
     [
-        pytest.param((True, True), DOORS[0], id="second image-whole", marks=pytest.mark.matrix),
+        pytest.param((True, True), DOORS[0], id="second image-whole"),
         pytest.param((True, False), DOORS[1], id="text alone-regions"),
-        pytest.param((True, False), DOORS[0], id="text alone-whole", marks=pytest.mark.matrix),
-        pytest.param((True, True), DOORS[1], id="second image-regions", marks=pytest.mark.matrix),
+        pytest.param((True, False), DOORS[0], id="text alone-whole"),
+        pytest.param((True, True), DOORS[1], id="second image-regions"),
     ],
 )
-@pytest.mark.parametrize("mode", rest_in_matrix(MODES, MODES[1:]))
-@pytest.mark.parametrize("kind", ["dynamic", pytest.param("compact", marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["dynamic", "compact"])
 def test_a_second_turn(kind, mode, images, door):
     """What is visual in the cache stays visual for later prompts."""
     check_a_second_turn(kind, mode, images, door)
@@ -220,7 +221,8 @@ def test_unknown_positions_are_dense_with_a_reason(mode):
     assert largest([lazy[real]], [dense[real]]) > 100 * FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("mode", rest_in_matrix(MODES, MODES[1:]))
+@pytest.mark.matrix
+@pytest.mark.parametrize("mode", MODES)
 def test_a_model_without_visual_keys_is_dense(mode):
     """Mllama's images come in by cross-attention."""
     zoo = ZOO["mllama"]

@@ -5,6 +5,8 @@ forward calls the forward of the model inside, without its hooks. `Closed` does 
 model's call alone.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from avl_fx import Plan
 from avl_fx.record import recording
 from avl_fx.regions import compiled_plan, find_regions
 from avl_fx.wrappers import unwrapped, wrapping
+from tests.e2e._covering import rest_in_matrix
 from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
 from tests.oracle import avl_oracle, lazy_oracle
 from tests.zoo import ZOO
@@ -57,7 +60,7 @@ def llava():
     return model, inputs, zoo.visual_positions(model, inputs)
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", rest_in_matrix([1, 2], [2]))
 def test_a_partitioned_plan_reaches_the_model_inside(llava, depth):
     model, inputs, visual = llava
     wrapped = model
@@ -71,16 +74,21 @@ def test_a_partitioned_plan_reaches_the_model_inside(llava, depth):
     assert largest(got, expected) < FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("call", [lambda wrapped: wrapped, unwrapped], ids=["wrapper", "inside"])
-@pytest.mark.parametrize("wrapper", [Wrapper, Closed])
-def test_visual_positions_are_known_whichever_is_called(llava, wrapper, call):
+CALLED = {"wrapper": lambda wrapped: wrapped, "inside": unwrapped}
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "called"),
+    rest_in_matrix([*itertools.product((Wrapper, Closed), CALLED)], [(Wrapper, "inside"), (Closed, "wrapper")], True),
+)
+def test_visual_positions_are_known_whichever_is_called(llava, wrapper, called):
     model, inputs, _ = llava
     plan = Plan.lazy([(0, 3)], "vla_scores")
     avl_fx.compile(model, plan, options=EAGER)
     expected = prefill(model, inputs)
     avl_fx.uncompile(model)
     wrapped = avl_fx.compile(wrapper(model), plan, options=EAGER)
-    assert torch.equal(prefill(call(wrapped), inputs), expected)
+    assert torch.equal(prefill(CALLED[called](wrapped), inputs), expected)
 
 
 @pytest.mark.parametrize("wrapper", [Wrapper, Closed])
@@ -107,6 +115,7 @@ def test_a_module_of_several_parts_is_no_wrapper(llava):
     assert unwrapped(plain) is plain, "nothing inside tells its decoder apart"
 
 
+@pytest.mark.matrix
 def test_explain_sees_the_calls_of_the_model_inside(llava):
     model, inputs, _ = llava
     plan = Plan.avl(**SHARES)

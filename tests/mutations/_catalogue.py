@@ -882,7 +882,7 @@ MUTATIONS: list[Mutation] = [
             "expand prompts over rows that are not there",
             'return op(latents) == "append_rows" and',
             'return op(latents) == "nothing" and',
-            f"{LATENT} -k second_turn",
+            "tests/e2e/test_latent_attention.py -k second_turn",
         ),
     ),
     *_in(
@@ -1039,7 +1039,7 @@ MUTATIONS: list[Mutation] = [
             "keep scores of each head",
             "if site.latent and (shape(scores)",
             "if False and (shape(scores)",
-            f"{LATENT} -k one_ranking",
+            "tests/e2e/test_latent_attention.py -k one_ranking",
         ),
         (
             "move rows whose mask is computed from hidden states",
@@ -1333,7 +1333,7 @@ MUTATIONS: list[Mutation] = [
             "let fillers be seen",
             "if not shortened.alone:\n        _hide",
             "if False:\n        _hide",
-            f"{FILTER} -k whole_model",
+            "tests/e2e/test_prefill_filter.py -k whole_model",
         ),
         ("let dropped tokens score", "LEAST = -1.0", "LEAST = 2.0", f"{FILTER} -k many_lengths"),
         ("cut anywhere", "if furthest <= at[node] and", "if", f"{FILTER} -k many_lengths"),
