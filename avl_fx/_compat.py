@@ -230,13 +230,13 @@ def compile_module(
     settings: Mapping[str, Any],
     kwargs: Mapping[str, Any],
     limit_hit: Callable[[], Exception],
-    watched: Callable[[Callable[[], Any]], Any] | None = None,
+    watched: Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any] | None = None,
     any_length: bool = False,
 ) -> None:
     """``module.compile(**kwargs)`` with Dynamo settings that hold around its calls and nowhere else.
 
-    ``watched``, if any, is given each call, to make it. ``any_length``: the length of a prompt is left open in its
-    graph, from the first prompt on.
+    ``watched``, if any, is given what is called, and the arguments of each call, to make it. ``any_length``: the length
+    of a prompt is left open in its graph, from the first prompt on.
 
     ``recompile_limit`` among the settings is the least one: users may raise theirs. ``limit_hit`` makes what is raised
     where the settings forbid to run eagerly past it.
@@ -251,7 +251,7 @@ def compile_module(
             _leave_length_open(args, kwargs)
         with dynamo_config.patch({**settings, "recompile_limit": limit}):
             try:
-                return watched(lambda: compiled(*args, **kwargs)) if watched else compiled(*args, **kwargs)
+                return watched(compiled, args, kwargs) if watched else compiled(*args, **kwargs)
             except FailOnRecompileLimitHit as error:
                 raise limit_hit() from error
 

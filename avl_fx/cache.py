@@ -145,12 +145,12 @@ class AVLCache(Cache):
 
     Args:
         plan: the plan that the model is compiled with: a `Plan`, its data, a path or a preset name.
-        config: configuration of the model. Layers that slide keep their own window, as in a DynamicCache, and
-            cross-attention layers all of theirs.
+        config: configuration of the model, or of the language model in it. Layers that slide keep their own window, as
+            in a DynamicCache, and cross-attention layers all of theirs.
 
     Raises:
         PlanError: the plan is wrong.
-        CacheStateError: ``config`` is no configuration, or that of an encoder-decoder.
+        CacheStateError: ``config`` is no configuration, does not tell its layers, or is that of an encoder-decoder.
 
     One cache serves one conversation (or batch); any number of them may be alive at once.
     """
@@ -171,6 +171,12 @@ class AVLCache(Cache):
                 "the model is an encoder-decoder: its images stand in the encoder, and its cache has two halves",
                 field="config",
                 remedy="leave past_key_values out; plans work on the cache that generate makes",
+            )
+        if not hasattr(config.get_text_config(decoder=True), "num_hidden_layers"):
+            raise CacheStateError(
+                f"{type(config).__name__} does not say how many layers the decoder has",
+                field="config",
+                remedy="pass that of the language model, for example model.language_model.config",
             )
         super().__init__(layers=self._layers(config))
 

@@ -68,10 +68,16 @@ class Contender:
         return cls(
             identity=hashlib.sha256(known.encode()).hexdigest()[:16],
             prepare=functools.partial(_compiled, plan=found, compiler=compiler),
-            cache=(lambda model: AVLCache(found, model.config)) if compact else None,
+            cache=(lambda model: AVLCache(found, _decoder_config(model))) if compact else None,
             budget=None if found.vision_policy is None else found.vision_policy.core,
             period=1 if found.vision_policy is None else max(1, found.vision_policy.refresh),
         )
+
+
+def _decoder_config(model: nn.Module) -> Any:
+    """That of the model itself need not tell the decoder's layers (remote code)."""
+    region = next((region for region in regions.find_regions(model) if region.role == "decoder"), None)
+    return model.config if region is None else region.module.config
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -59,7 +60,7 @@ def explain(
         keep_graphs: keep the text of every graph before and after, for `Report.dump`.
         new_tokens: tokens to generate, at least 1: one prefill and ``new_tokens - 1`` decode steps.
         run: a loop of your own, called as ``run(model, **inputs)``, for models whose `generate` is not that of
-            transformers. Without it those are called once.
+            transformers and hands nothing on to one. Without it those are called once.
         **inputs: what the model takes, for example the output of a processor; also keyword arguments of `generate`,
             such as ``use_cache=False`` or ``cache_implementation="static"``.
 
@@ -116,7 +117,9 @@ def _bare(model: nn.Module, options: Mapping[str, Any], watch: Watch) -> None:
 
 def _by_regions(model: nn.Module, options: Mapping[str, Any], watch: Watch) -> None:
     regions.compile(model, options=dict(options), **_compat.isolation())
-    for module in wrapping(model):  # generate may call what the model is wrapped in, or what it wraps
+    # Whatever generate calls: what the model is wrapped in, what it wraps, or (remote code) the decoder alone.
+    decoders = [region.module for region in regions.find_regions(model) if region.role == "decoder"]
+    for module in (*wrapping(model), *decoders):
         _compat.watch_calls(module, watch)
 
 
@@ -148,7 +151,7 @@ def _drive(result: Run, new_tokens: int, run: Callable[..., Any] | None, inputs:
     if run is not None:
         result.generated = True
         run(model, **given)
-    elif _has_stock_generate(model):
+    elif _has_stock_generate(model) or (result.front_door == "avl_fx.compile" and _generates(model)):
         result.generated = True
         settings = {
             "max_new_tokens": new_tokens,
@@ -160,12 +163,34 @@ def _drive(result: Run, new_tokens: int, run: Callable[..., Any] | None, inputs:
         output = model.generate(**{**settings, **given})  # type: ignore[operator]
         result.cache = getattr(output, "past_key_values", None)
     else:
+        _check_forward(model, given)
         model(**given)
 
 
 def _has_stock_generate(model: nn.Module) -> bool:
     can = getattr(model, "can_generate", None)
     return callable(can) and bool(can())
+
+
+def _generates(model: nn.Module) -> bool:
+    """Whether ``model`` has a `generate` of its own that may hand settings on to one of transformers (remote code)."""
+    generate = getattr(model, "generate", None)
+    parameters = inspect.signature(generate).parameters.values() if callable(generate) else ()
+    return any(p.kind is p.VAR_KEYWORD for p in parameters) and regions.find_regions(model)[0].role == "decoder"
+
+
+def _check_forward(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Remote code may take other inputs in `generate` than in its forward, which it never calls."""
+    try:
+        inspect.signature(model.forward).bind(**inputs)
+    except TypeError as error:
+        if not _generates(model):
+            return  # the forward itself says it
+        raise CaptureError(
+            f"the forward of {type(model).__name__} does not take them ({error}), and its generate goes past it",
+            field="inputs",
+            remedy="explain what avl_fx.compile does with it: front_door='avl_fx.compile'",
+        ) from error
 
 
 class _Watch:

@@ -2,7 +2,8 @@
 
 Positions travel three ways. *Discovered*: a graph that splices image features in returns its mask and the runtime
 attaches it to the embeddings that leave the graph. *Carried*: the next graph of the same forward finds it on its
-inputs. *Given*: the user (or the hook of `avl_fx.compile`) names the modality of every position.
+inputs. *Given*: the user names the modality of every position, or `avl_fx.compile` does: it reads token ids
+(`modality_hook`), or sees what is spliced into the embeddings (`spliced_rows`).
 """
 
 from __future__ import annotations

@@ -13,10 +13,16 @@ from torch.utils.hooks import RemovableHandle
 from avl_fx import _compat
 from avl_fx.modality import pop_given, push_given
 
-__all__ = ["ModalityHook"]
+__all__ = ["ModalityHook", "reads_ids"]
 
 _open: ContextVar[tuple[Token[Any] | None, ...]] = ContextVar("avl_fx_open_forwards", default=())
 """What takes back the positions given for the forwards that are running, innermost last; each thread has its own."""
+
+
+def reads_ids() -> bool:
+    """Whether a forward is running whose token ids `ModalityHook` has read."""
+    return bool(_open.get())
+
 
 _TOKEN_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 

@@ -252,6 +252,11 @@ class Plan(FrozenModel):
         return policy is not None and policy.mode != "gla" and not policy.is_identity
 
     @property
+    def asks_for_positions(self) -> bool:
+        """Whether something depends on which tokens are visual: everything but lazy layers in mode ``gla`` does."""
+        return self.reads_less or self.filters_prompts or self.spares_visual_keys
+
+    @property
     def tracks_visual(self) -> bool:
         """Whether steps depend on which rows of the cache are visual, or text that has left."""
         return self.reads_less or self.inherits_scores

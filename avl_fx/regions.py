@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -21,12 +21,14 @@ from avl_fx import _compat
 from avl_fx.attention_kernels import KernelChoice
 from avl_fx.backend import avl_backend
 from avl_fx.errors import CaptureError, OptionError
+from avl_fx.modality import carried, given, pop_given, push_given
 from avl_fx.modality_hook import ModalityHook
 from avl_fx.options import parse_options
 from avl_fx.outer_compile import KeepsItsCalls, warns_where_traced
 from avl_fx.plan import Plan, PlanSpec
 from avl_fx.region_call import call_region
 from avl_fx.runtime import calls, decoder_calls
+from avl_fx.spliced_rows import SplicedRows
 from avl_fx.wrappers import unwrapped, wrapping
 
 __all__ = ["Region", "compile", "compiled_plan", "find_regions", "replaced_kernels", "set_aside", "uncompile"]
@@ -118,17 +120,20 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
     regions = find_regions(model)
     _check_uncompiled(model, regions)
     uncompile(model)
+    hooks: list[_Removable] = [handle for module in wrapping(model) for handle in ModalityHook.install(module)]
     for region in regions:
         settings = dict(_DECODER_SETTINGS) if region.role == "decoder" else {}
         if not resolved.is_lossless and region.role != "vision":
             settings |= {**_SETTINGS_OF_DROPPED_KEYS, "recompile_limit": RECOMPILE_LIMIT}
         any_length = resolved.filters_prompts and region.role != "vision"
         silent = resolved == Plan.identity() or region.role == "vision" or kwargs.get("disable")
-        watched = _Watched(region, None if silent else _Noticing(region.name))
+        watched = _Watched(region, None if silent else _Noticing(region.name, resolved.asks_for_positions))
         _compat.compile_module(region.module, settings, kwargs, _limit_hit, watched, any_length)
-    hooks: list[_Removable] = [handle for module in wrapping(model) for handle in ModalityHook.install(module)]
+        if region.role == "decoder":
+            hooks += SplicedRows.watch(region.module)
     if not kwargs.get("disable"):
-        hooks += [KeepsItsCalls(module) for module in wrapping(model) if hasattr(module, "get_compiled_call")]
+        generating = dict.fromkeys((*wrapping(model), *filter(_can_generate, model.modules())))
+        hooks += [KeepsItsCalls(module) for module in generating if hasattr(module, "get_compiled_call")]
         if all(region.role != "model" for region in regions):  # else it is traced by its own compilation
             hooks.append(warns_where_traced(unwrapped(model)))
     _compiled[unwrapped(model)] = _Compiled(regions, tuple(hooks), resolved, KernelChoice(model))
@@ -151,6 +156,14 @@ def find_regions(model: nn.Module) -> tuple[Region, ...]:
     """The regions that `compile` compiles: decoder and vision encoder where both can be told apart, else the model."""
     asked = unwrapped(model)
     decoder = _ask(asked, "get_decoder")
+    if decoder is None or decoder is asked:
+        decoder = _language_model(asked)
+    while decoder is not None and decoder is not asked and _can_generate(decoder):
+        # What generates may be wrapped (PEFT) and called by its forward; what it decodes with is called as it is.
+        inner = _ask(decoder, "get_decoder")
+        if inner is None or inner is decoder:
+            break
+        decoder = inner
     if _compat.is_encoder_decoder(getattr(decoder, "config", None)):
         # Its own forward may never be called, only those of its halves.
         decoder = _ask(cast(nn.Module, decoder), "get_decoder") or decoder
@@ -181,15 +194,35 @@ def _check_uncompiled(model: nn.Module, regions: tuple[Region, ...]) -> None:
 
 
 class _Watched:
-    """Makes the calls of a region, so that the backend knows what it is, and lets ``notice`` see them."""
+    """Makes the calls of a region, so that the backend knows what it is, and lets ``notice`` see them.
+
+    A decoder that is handed embeddings, and about which nobody has said anything, is told what was spliced in there.
+    """
 
     def __init__(self, region: Region, notice: _Noticing | None) -> None:
         self._region, self._notice = region, notice
+        self._spliced = SplicedRows(region.module) if region.role == "decoder" else None
 
-    def __call__(self, call: Callable[[], Any]) -> Any:
+    def __call__(self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        def made() -> Any:
+            return call(*args, **kwargs)
+
         if self._region.role == "model":
-            return self._noticed(call)
-        return call_region(self._decoder, lambda: self._noticed(call))
+            return self._noticed(made)
+        token = None if self._spliced is None or given() is not None else self._tell(self._spliced, args, kwargs)
+        try:
+            return call_region(self._decoder, lambda: self._noticed(made))
+        finally:
+            pop_given(token)
+
+    def _tell(self, spliced: SplicedRows, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        embeds = spliced.embeddings(args, kwargs)
+        if embeds is None or carried([embeds]) is not None:
+            return None
+        visual = spliced.positions(args, kwargs)
+        if visual is None and self._notice is not None:
+            self._notice.positions_are_unknown()
+        return push_given(visual)
 
     def _noticed(self, call: Callable[[], Any]) -> Any:
         return call() if self._notice is None else self._notice(call)
@@ -202,8 +235,9 @@ class _Noticing:
     """Says once that a region ran and none of its graphs did, or none that shows how it attends: then its plan did
     nothing."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, asks_for_positions: bool) -> None:
         self._name, self._said = name, False
+        self._asks_for_positions = asks_for_positions
 
     def __call__(self, call: Callable[[], Any]) -> Any:
         before, decoded_before = calls(), decoder_calls()
@@ -229,6 +263,17 @@ class _Noticing:
             )
         return result
 
+    def positions_are_unknown(self) -> None:
+        """A prompt came in as embeddings, and nobody knows which of them are an image's."""
+        if self._asks_for_positions:
+            self._asks_for_positions = False
+            log.warning(
+                "%s was given embeddings, and which of them are visual is not known: what the plan does to visual "
+                "tokens stays undone. Fix: with avl_fx.modality_ids(ids): model.generate(...), where ids [batch, "
+                "sequence] are 0 at text.",
+                self._name,
+            )
+
 
 def _limit_hit() -> CaptureError:
     return CaptureError(
@@ -247,6 +292,29 @@ def _ask(model: nn.Module, method: str, **kwargs: Any) -> nn.Module | None:
     except (AttributeError, TypeError, ValueError, NotImplementedError):
         return None
     return found if isinstance(found, nn.Module) else None
+
+
+def _language_model(model: nn.Module) -> nn.Module | None:
+    """What ``model`` generates with where that is a part of it (remote code: MiniCPM-V's ``llm``).
+
+    The outermost parts that can generate are asked: the only one, or the one whose token embedding is the model's.
+    """
+    found: list[nn.Module] = []
+    inside = list(model.children())
+    while inside:
+        module = inside.pop(0)
+        if _can_generate(module):
+            found.append(module)
+        else:
+            inside += module.children()
+    embedding = _ask(model, "get_input_embeddings")
+    if len(found) > 1:
+        found = [m for m in found if embedding is not None and _ask(m, "get_input_embeddings") is embedding]
+    return found[0] if len(found) == 1 else None
+
+
+def _can_generate(module: nn.Module) -> bool:
+    return hasattr(module, "prepare_inputs_for_generation")
 
 
 def _path(model: nn.Module, module: nn.Module) -> str:

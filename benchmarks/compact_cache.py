@@ -20,6 +20,7 @@ import avl_fx
 from avl_fx import AVLCache
 from benchmarks import decode
 from benchmarks._decoding import PLAN, TEXT, periods, visual_positions
+from benchmarks._difference import largest_difference
 from benchmarks._models import llava
 from benchmarks._report import console, save, summary
 
@@ -54,7 +55,7 @@ def measure(model: Any, batch: int, visual: int, steps: int) -> dict[str, Any]:
     stock = DynamicCache(config=model.config.get_text_config())
     _, expected = zip(*converse(model, forward, stock, batch, visual, decode.WARM_UP + steps), strict=True)
     seconds, logits = zip(*converse(model, forward, compact, batch, visual, decode.WARM_UP + steps), strict=True)
-    difference = max((a - b).abs().max().item() for a, b in zip(logits, expected, strict=True))
+    difference = largest_difference(logits, expected)
     row["differences"]["partitioned, compact"] = difference
     row["partitioned, compact"] = summary(periods(seconds[decode.WARM_UP :]))
     row["stored_over_dense"] = round(compact.stored_bytes / compact.dense_bytes, 4)

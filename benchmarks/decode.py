@@ -31,6 +31,7 @@ from torch import Tensor
 import avl_fx
 from avl_fx import Plan
 from benchmarks._decoding import PLAN, REFRESH, TEXT, filled, mean_share, periods, read_bytes, visual_positions
+from benchmarks._difference import largest_difference
 from benchmarks._models import llava
 from benchmarks._report import console, save, summary
 from tests.oracle.avl import avl_oracle
@@ -129,11 +130,12 @@ def measure(model: Any, everyone: Contenders, batch: int, visual: int, steps: in
     ):
         oracle = [out for _, out in decode(model, ("dynamic", model.forward), batch, visual, WARM_UP + 2)]
 
-    def worst(name: str, wanted: list[Tensor]) -> float:
-        return max((a - b).abs().max().item() for a, b in zip(logits[name], wanted, strict=False))
-
     dense = logits["eager, dynamic"]
-    differences = {n: worst(n, oracle if n.startswith("partitioned") else dense) for n in everyone if "eager" not in n}
+    differences = {
+        name: largest_difference(logits[name], oracle if name.startswith("partitioned") else dense)
+        for name in everyone
+        if "eager" not in name
+    }
     exact = all(d <= (NEAR_TIE if n.startswith("partitioned") else TOLERANCE) for n, d in differences.items())
     row: dict[str, Any] = {"batch": batch, "visual": visual, "exact": exact, "differences": differences}
     row |= {name: summary(periods(times)) for name, times in seconds.items()}

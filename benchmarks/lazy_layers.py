@@ -25,6 +25,7 @@ from avl_fx.kernels.inherited_decode import anchor_decode, inherited_decode
 from avl_fx.kernels.inherited_decode.reference import inherited_decode_reference, own_logits
 from avl_fx.kernels.partitioned_decode.schema import partitioned_decode
 from benchmarks._decoding import PLAN, REFRESH, TEXT, periods, visual_positions
+from benchmarks._difference import largest_difference
 from benchmarks._models import llava
 from benchmarks._report import console, save, summary
 from benchmarks.decode import (
@@ -124,7 +125,7 @@ def steps_of(model: Any, everyone: Contenders, batch: int, visual: int, steps: i
     differences = {}
     for name in list(everyone)[1:]:
         wanted = expected(model, name, batch, visual, WARM_UP + 2)
-        differences[name] = max((a - b).abs().max().item() for a, b in zip(logits[name], wanted, strict=False))
+        differences[name] = largest_difference(logits[name], wanted)
     exact = all(d <= (NEAR_TIE if name == "both" else TOLERANCE) for name, d in differences.items())
     row: dict[str, Any] = {"exact": exact, "differences": differences}
     row |= {name: summary(periods(times)) for name, times in seconds.items()}

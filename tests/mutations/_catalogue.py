@@ -32,6 +32,7 @@ FIND, NEGATIVE = f"{P}find_attention_transformers.py", f"{P}find_attention_negat
 LIBRARY, CHECKPOINTS = f"{P}library_kernels.py", f"{P}inline_regions.py"
 DOORS_OPEN = "tests/e2e/test_front_doors.py"
 OPAQUE = "tests/e2e/test_attention_kernels.py"
+SPLICED, REMOTE = "tests/avl_fx/test_spliced_rows.py", "tests/e2e/test_remote_code.py -m 'not matrix'"
 AUTOCAST, GRADIENTS = f"{P}find_attention_autocast.py", f"{P}find_attention_gradients.py"
 DESCRIBE = f"{P}describe.py"
 SPELLINGS, UNREPEAT, SHARE = f"{P}find_attention_properties.py", f"{P}unrepeat.py", f"{P}share_queries.py"
@@ -1462,6 +1463,73 @@ MUTATIONS: list[Mutation] = [
             "if node in inlined)",
             "if not inlined)",
             f"{CHECKPOINTS} -k writes",
+        ),
+    ),
+    *_in(
+        "avl_fx/spliced_rows.py",
+        ("take zeros for visual", "spliced = ~tokens & (rows != 0)", "spliced = ~tokens", f"{SPLICED} -k padding"),
+        (
+            "take what is hidden for visual",
+            "spliced &= mask[:, -rows.shape[1] :].to(rows.device).bool()",
+            "pass",
+            f"{SPLICED} -k padding",
+        ),
+        (
+            "take the mask of the past",
+            "mask[:, -rows.shape[1] :]",
+            "mask[:, : rows.shape[1]]",
+            f"{SPLICED} -k padding",
+        ),
+        ("guess where all are changed", "if not tokens.any():", "if False:", f"{SPLICED} -k not_known"),
+        (
+            "remember what a graph computes",
+            "if torch.compiler.is_compiling() or reads_ids()",
+            "if reads_ids()",
+            f"{SPLICED} -k inside",
+        ),
+        ("never forget a prompt", "embedded.taken = True", "pass", f"{SPLICED} -k pieces"),
+        (
+            "forget a prompt with its first piece",
+            "embedded.taken = True",
+            "_embedded.set(None)",
+            f"{SPLICED} -k pieces",
+        ),
+        ("leave low bits alone", "mixed ^= mixed >> 32", "pass", f"{SPLICED} -k apart"),
+    ),
+    *_in(
+        "avl_fx/regions.py",
+        (
+            "compile the call of what is wrapped",
+            "while decoder is not None and decoder is not asked and _can_generate(decoder):",
+            "while False:",
+            f"{REMOTE} -k wrapped",
+        ),
+        (
+            "take the first part that generates",
+            "    if len(found) > 1:\n        found = [",
+            "    if len(found) > 9:\n        found = [",
+            f"{REMOTE} -k no_decoder",
+        ),
+        (
+            "let parts that generate compile themselves",
+            "dict.fromkeys((*wrapping(model), *filter(_can_generate, model.modules())))",
+            "dict.fromkeys(wrapping(model))",
+            f"{REMOTE} -k compile_past",
+        ),
+        (
+            "say nothing of unknown embeddings",
+            "            self._notice.positions_are_unknown()",
+            "            pass",
+            f"{REMOTE} -k nobody_knows",
+        ),
+    ),
+    *_in(
+        "avl_fx/explain.py",
+        (
+            "watch the model alone",
+            "for module in (*wrapping(model), *decoders):",
+            "for module in wrapping(model):",
+            f"{REMOTE} -k explain_runs",
         ),
     ),
     *_in(

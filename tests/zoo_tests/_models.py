@@ -11,7 +11,3 @@ from tests.zoo import get
 def model_of(name: str, attn_implementation: str = "sdpa") -> torch.nn.Module:
     """Shared: a test that changes weights makes its own."""
     return get(name).make(attn_implementation)
-
-
-def largest_difference(some, others) -> float:
-    return max((a - b).abs().max().item() for a, b in zip(some, others, strict=True))

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from benchmarks._difference import largest_difference
 from tests.oracle import lazy_oracle
 from tests.oracle._interface import attend
 from tests.zoo import get, zoo_names
 from tests.zoo._run import prefill, prefill_and_decode
-from tests.zoo_tests._models import largest_difference, model_of
+from tests.zoo_tests._models import model_of
 
 TOLERANCE = 1e-4
 VISIBLE = 0.1
