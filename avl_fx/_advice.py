@@ -48,6 +48,8 @@ class Facts:
     was_training: bool
     generated: bool
     """Whether the model's own `generate` ran; else it was called once."""
+    goes_past: bool
+    """Whether a `generate` of its own would have called the decoder past the forward that ran (remote code)."""
     bypassed: str | None
     """The class of what the model wraps, where no forward of the wrapper itself ran."""
     recompile_limit: int
@@ -157,7 +159,12 @@ def _training(facts: Facts) -> Iterator[str]:
 
 
 def _no_decode(facts: Facts) -> Iterator[str]:
-    if not facts.generated and "decode" not in facts.decoder.seen:
+    if facts.goes_past:
+        yield (
+            "Only one forward ran: generate calls the decoder past it, where torch.compile sees nothing. "
+            f"{WHOLE} does; explain(..., front_door='avl_fx.compile') shows decode steps."
+        )
+    elif not facts.generated and "decode" not in facts.decoder.seen:
         yield (
             "Only one forward ran, for want of a stock generate: pass explain(..., run=lambda model, **inputs: ...) "
             "with your own loop to see decode steps."

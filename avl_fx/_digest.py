@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avl_fx import _compat, regions
+from avl_fx import _compat
 from avl_fx._advice import Facts, advise
 from avl_fx._digest_reads import decode_reads, is_partitioned
 from avl_fx.cache import AVLCache
@@ -21,6 +21,7 @@ from avl_fx.passes.share_queries import DECODER_ROLES
 from avl_fx.passes.site import Site
 from avl_fx.plan import Plan
 from avl_fx.record import GraphRecord, Recorder
+from avl_fx.region import find_regions
 from avl_fx.report import (
     DecodeReads,
     DecoderReport,
@@ -59,6 +60,8 @@ class Run:
     recorder: Recorder
     was_training: bool
     generated: bool = False
+    goes_past: bool = False
+    """Whether the model's own `generate` would have called its decoder past its forward, which ran instead."""
     forwards: list[ForwardReport] = field(default_factory=list)
     calling: bool = False
     """Whether a forward is running."""
@@ -94,7 +97,7 @@ def digest(run: Run) -> Report:
     reads = decode_reads(run.plan, run.recorder, run.forwards, decoder)
     kv, passes = _kv(run, decoder), _passes(records)
     spans = visual_spans(run.recorder.visual[0]) if run.recorder.visual else None
-    vision = next((r.name for r in regions.find_regions(run.model) if r.role == "vision"), None)
+    vision = next((r.name for r in find_regions(run.model) if r.role == "vision"), None)
     facts = Facts(
         plan=run.plan,
         front_door=run.front_door,
@@ -106,6 +109,7 @@ def digest(run: Run) -> Report:
         vision_path=vision,
         was_training=run.was_training,
         generated=run.generated,
+        goes_past=run.goes_past,
         bypassed=_bypassed(run),
         recompile_limit=_compat.recompile_limit(),
         reads=reads,

@@ -17,6 +17,7 @@ from avl_fx.backend import avl_backend
 from avl_fx.cache import AVLCache
 from avl_fx.options import parse_options
 from avl_fx.plan import Plan, PlanSpec
+from avl_fx.region import find_regions
 
 __all__ = ["Contender"]
 
@@ -76,7 +77,7 @@ class Contender:
 
 def _decoder_config(model: nn.Module) -> Any:
     """That of the model itself need not tell the decoder's layers (remote code)."""
-    region = next((region for region in regions.find_regions(model) if region.role == "decoder"), None)
+    region = next((region for region in find_regions(model) if region.role == "decoder"), None)
     return model.config if region is None else region.module.config
 
 

@@ -25,6 +25,7 @@ from avl_fx.errors import CacheStateError, CaptureError, OptionError
 from avl_fx.options import parse_options
 from avl_fx.plan import Plan, PlanSpec
 from avl_fx.record import recording
+from avl_fx.region import find_regions
 from avl_fx.report import ForwardReport, Report
 from avl_fx.wrappers import wrapping
 
@@ -118,7 +119,7 @@ def _bare(model: nn.Module, options: Mapping[str, Any], watch: Watch) -> None:
 def _by_regions(model: nn.Module, options: Mapping[str, Any], watch: Watch) -> None:
     regions.compile(model, options=dict(options), **_compat.isolation())
     # Whatever generate calls: what the model is wrapped in, what it wraps, or (remote code) the decoder alone.
-    decoders = [region.module for region in regions.find_regions(model) if region.role == "decoder"]
+    decoders = [region.module for region in find_regions(model) if region.role == "decoder"]
     for module in (*wrapping(model), *decoders):
         _compat.watch_calls(module, watch)
 
@@ -164,6 +165,7 @@ def _drive(result: Run, new_tokens: int, run: Callable[..., Any] | None, inputs:
         result.cache = getattr(output, "past_key_values", None)
     else:
         _check_forward(model, given)
+        result.goes_past = _generates(model)
         model(**given)
 
 
@@ -176,7 +178,7 @@ def _generates(model: nn.Module) -> bool:
     """Whether ``model`` has a `generate` of its own that may hand settings on to one of transformers (remote code)."""
     generate = getattr(model, "generate", None)
     parameters = inspect.signature(generate).parameters.values() if callable(generate) else ()
-    return any(p.kind is p.VAR_KEYWORD for p in parameters) and regions.find_regions(model)[0].role == "decoder"
+    return any(p.kind is p.VAR_KEYWORD for p in parameters) and find_regions(model)[0].role == "decoder"
 
 
 def _check_forward(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -21,17 +21,16 @@ from avl_fx import _compat
 from avl_fx.attention_kernels import KernelChoice
 from avl_fx.backend import avl_backend
 from avl_fx.errors import CaptureError, OptionError
-from avl_fx.modality import carried, given, pop_given, push_given
 from avl_fx.modality_hook import ModalityHook
 from avl_fx.options import parse_options
 from avl_fx.outer_compile import KeepsItsCalls, warns_where_traced
 from avl_fx.plan import Plan, PlanSpec
-from avl_fx.region_call import call_region
-from avl_fx.runtime import calls, decoder_calls
+from avl_fx.region import Region, can_generate, find_regions
+from avl_fx.region_watch import NothingDone, RegionWatch
 from avl_fx.spliced_rows import SplicedRows
 from avl_fx.wrappers import unwrapped, wrapping
 
-__all__ = ["Region", "compile", "compiled_plan", "find_regions", "replaced_kernels", "set_aside", "uncompile"]
+__all__ = ["compile", "compiled_plan", "replaced_kernels", "set_aside", "uncompile"]
 
 log = logging.getLogger("avl_fx")
 
@@ -55,17 +54,6 @@ _SETTINGS_OF_DROPPED_KEYS: Mapping[str, Any] = {
     # anchor is in another piece would be dense. All gradients are exchanged behind the backward then.
     "optimize_ddp": False,
 }
-
-
-@dataclass(frozen=True)
-class Region:
-    """A module that is compiled as one piece."""
-
-    name: str
-    """Module path; empty for the model itself."""
-    module: nn.Module
-    role: str
-    """``decoder``, ``vision`` or ``model``."""
 
 
 class _Removable(Protocol):
@@ -127,12 +115,12 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
             settings |= {**_SETTINGS_OF_DROPPED_KEYS, "recompile_limit": RECOMPILE_LIMIT}
         any_length = resolved.filters_prompts and region.role != "vision"
         silent = resolved == Plan.identity() or region.role == "vision" or kwargs.get("disable")
-        watched = _Watched(region, None if silent else _Noticing(region.name, resolved.asks_for_positions))
+        watched = RegionWatch(region, None if silent else NothingDone(region.name, resolved.asks_for_positions))
         _compat.compile_module(region.module, settings, kwargs, _limit_hit, watched, any_length)
         if region.role == "decoder":
             hooks += SplicedRows.watch(region.module)
     if not kwargs.get("disable"):
-        generating = dict.fromkeys((*wrapping(model), *filter(_can_generate, model.modules())))
+        generating = dict.fromkeys((*wrapping(model), *filter(can_generate, model.modules())))
         hooks += [KeepsItsCalls(module) for module in generating if hasattr(module, "get_compiled_call")]
         if all(region.role != "model" for region in regions):  # else it is traced by its own compilation
             hooks.append(warns_where_traced(unwrapped(model)))
@@ -152,32 +140,6 @@ def uncompile(model: nn.Module) -> nn.Module:
     return model
 
 
-def find_regions(model: nn.Module) -> tuple[Region, ...]:
-    """The regions that `compile` compiles: decoder and vision encoder where both can be told apart, else the model."""
-    asked = unwrapped(model)
-    decoder = _ask(asked, "get_decoder")
-    if decoder is None or decoder is asked:
-        decoder = _language_model(asked)
-    while decoder is not None and decoder is not asked and _can_generate(decoder):
-        # What generates may be wrapped (PEFT) and called by its forward; what it decodes with is called as it is.
-        inner = _ask(decoder, "get_decoder")
-        if inner is None or inner is decoder:
-            break
-        decoder = inner
-    if _compat.is_encoder_decoder(getattr(decoder, "config", None)):
-        # Its own forward may never be called, only those of its halves.
-        decoder = _ask(cast(nn.Module, decoder), "get_decoder") or decoder
-    if decoder is None or decoder is asked:
-        return (Region("", model, "model"),)
-    regions = [Region(_path(model, decoder), decoder, "decoder")]
-    vision = _ask(asked, "get_encoder", modality="image")
-    if vision is not None and vision is not asked and vision is not decoder and _path(model, vision):
-        inside = any(m is decoder for m in vision.modules()) or any(m is vision for m in decoder.modules())
-        if not inside:
-            regions.append(Region(_path(model, vision), vision, "vision"))
-    return tuple(regions)
-
-
 def _check_uncompiled(model: nn.Module, regions: tuple[Region, ...]) -> None:
     """Whoever compiles around a region traces it as it is written."""
     whole = [region for region in regions if region.role == "model"]
@@ -193,88 +155,6 @@ def _check_uncompiled(model: nn.Module, regions: tuple[Region, ...]) -> None:
         )
 
 
-class _Watched:
-    """Makes the calls of a region, so that the backend knows what it is, and lets ``notice`` see them.
-
-    A decoder that is handed embeddings, and about which nobody has said anything, is told what was spliced in there.
-    """
-
-    def __init__(self, region: Region, notice: _Noticing | None) -> None:
-        self._region, self._notice = region, notice
-        self._spliced = SplicedRows(region.module) if region.role == "decoder" else None
-
-    def __call__(self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        def made() -> Any:
-            return call(*args, **kwargs)
-
-        if self._region.role == "model":
-            return self._noticed(made)
-        token = None if self._spliced is None or given() is not None else self._tell(self._spliced, args, kwargs)
-        try:
-            return call_region(self._decoder, lambda: self._noticed(made))
-        finally:
-            pop_given(token)
-
-    def _tell(self, spliced: SplicedRows, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        embeds = spliced.embeddings(args, kwargs)
-        if embeds is None or carried([embeds]) is not None:
-            return None
-        visual = spliced.positions(args, kwargs)
-        if visual is None and self._notice is not None:
-            self._notice.positions_are_unknown()
-        return push_given(visual)
-
-    def _noticed(self, call: Callable[[], Any]) -> Any:
-        return call() if self._notice is None else self._notice(call)
-
-    def _decoder(self) -> frozenset[nn.Module]:
-        return frozenset() if self._region.role == "vision" else _compat.decoder_modules(self._region.module)
-
-
-class _Noticing:
-    """Says once that a region ran and none of its graphs did, or none that shows how it attends: then its plan did
-    nothing."""
-
-    def __init__(self, name: str, asks_for_positions: bool) -> None:
-        self._name, self._said = name, False
-        self._asks_for_positions = asks_for_positions
-
-    def __call__(self, call: Callable[[], Any]) -> Any:
-        before, decoded_before = calls(), decoder_calls()
-        result = call()
-        ran, decoded = calls() > before + 1, decoder_calls() > decoded_before + 1
-        if self._said or decoded:
-            return result
-        self._said = True
-        if ran:
-            log.warning(
-                "%s was captured in pieces that do not show how its layers attend, so the plan that it was compiled "
-                "with did nothing. That is so for caches that keep their keys in pages (generate_batch). "
-                "avl_fx.explain(model, plan, front_door='avl_fx.compile', **inputs) shows the pieces.",
-                self._name or "The model",
-            )
-        else:
-            log.warning(
-                "%s ran eagerly, so the plan that it was compiled with did nothing. Dynamo skips code that it met "
-                "under a TorchDispatchMode (torch.utils.flop_counter) for good, all code while it is switched off "
-                "(torch.compiler.set_stance, TORCH_COMPILE_DISABLE), and modules with hooks of accelerate (a "
-                "device_map over several devices). Fix: switch it on, torch._dynamo.reset(), or load it on one device.",
-                self._name or "The model",
-            )
-        return result
-
-    def positions_are_unknown(self) -> None:
-        """A prompt came in as embeddings, and nobody knows which of them are an image's."""
-        if self._asks_for_positions:
-            self._asks_for_positions = False
-            log.warning(
-                "%s was given embeddings, and which of them are visual is not known: what the plan does to visual "
-                "tokens stays undone. Fix: with avl_fx.modality_ids(ids): model.generate(...), where ids [batch, "
-                "sequence] are 0 at text.",
-                self._name,
-            )
-
-
 def _limit_hit() -> CaptureError:
     return CaptureError(
         f"a part of the model was compiled {_compat.recompile_limit()} times, each time for another kind of call, and "
@@ -284,41 +164,6 @@ def _limit_hit() -> CaptureError:
         "decoder into one graph a layer (output_attentions, output_hidden_states, hooks such as accelerate sets for "
         "several devices): for such calls avl_fx.uncompile(model) first",
     )
-
-
-def _ask(model: nn.Module, method: str, **kwargs: Any) -> nn.Module | None:
-    try:
-        found = getattr(model, method)(**kwargs)
-    except (AttributeError, TypeError, ValueError, NotImplementedError):
-        return None
-    return found if isinstance(found, nn.Module) else None
-
-
-def _language_model(model: nn.Module) -> nn.Module | None:
-    """What ``model`` generates with where that is a part of it (remote code: MiniCPM-V's ``llm``).
-
-    The outermost parts that can generate are asked: the only one, or the one whose token embedding is the model's.
-    """
-    found: list[nn.Module] = []
-    inside = list(model.children())
-    while inside:
-        module = inside.pop(0)
-        if _can_generate(module):
-            found.append(module)
-        else:
-            inside += module.children()
-    embedding = _ask(model, "get_input_embeddings")
-    if len(found) > 1:
-        found = [m for m in found if embedding is not None and _ask(m, "get_input_embeddings") is embedding]
-    return found[0] if len(found) == 1 else None
-
-
-def _can_generate(module: nn.Module) -> bool:
-    return hasattr(module, "prepare_inputs_for_generation")
-
-
-def _path(model: nn.Module, module: nn.Module) -> str:
-    return next((name for name, m in model.named_modules() if m is module), "")
 
 
 def _arguments(plan: PlanSpec, given: Mapping[str, Any]) -> dict[str, Any]:

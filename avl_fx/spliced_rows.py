@@ -118,4 +118,5 @@ _WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
 def _factors(count: int) -> Tensor:
     """int64 ``[2, count]``, odd."""
     generator = torch.Generator().manual_seed(count)
-    return torch.randint(-(2**62), 2**62, (2, count), generator=generator) * 2 + 1
+    some = torch.randint(-(2**62), 2**62, (2, count), generator=generator, dtype=torch.int64, device="cpu")
+    return some * 2 + 1

@@ -381,7 +381,8 @@ def test_a_compact_cache_is_counted_as_it_is(door):
     assert "nothing is lost" not in str(report), "what is not stored is lost to other plans"
 
 
-@pytest.mark.parametrize("mode", [pytest.param("vla", marks=pytest.mark.matrix), "vla_scores"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("mode", ["vla", "vla_scores"])
 def test_visual_keys_that_lazy_layers_do_not_need_are_named(mode):
     """So many bytes less are stored by an `AVLCache`."""
     plan = avl_fx.Plan.lazy([(1, 3)], mode)

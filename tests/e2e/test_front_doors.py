@@ -11,7 +11,7 @@ import avl_fx
 from avl_fx import Plan, avl_backend
 from avl_fx.errors import CaptureError, OptionError, PlanMismatchError, UnsupportedPlanError
 from avl_fx.record import recording
-from avl_fx.regions import find_regions
+from avl_fx.region import find_regions
 from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_graphs
 from tests.zoo import ZOO
 

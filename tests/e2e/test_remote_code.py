@@ -12,7 +12,7 @@ import avl_fx
 from avl_fx import AVLCache, Contender, EvaluationBatch, EvaluationTask, Plan
 from avl_fx.errors import CacheStateError, CaptureError
 from avl_fx.record import recording
-from avl_fx.regions import find_regions
+from avl_fx.region import find_regions
 from tests.e2e._covering import rest_in_matrix
 from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_sites, largest, through
 from tests.e2e._remote_code import BEFORE, LAYERS, LENGTH, REMOTE, TOKENS
@@ -146,11 +146,15 @@ def test_explain_runs_their_generate(name):
     assert not [module for module in model.modules() if module._forward_hooks]
 
 
-def test_explain_of_a_forward_that_takes_something_else():
+def test_explain_of_a_forward_that_generate_goes_past():
     model = REMOTE["minicpm_v"].make()
     inputs, _ = REMOTE["minicpm_v"].prompts()
     with pytest.raises(CaptureError, match=r"its generate goes past it.*front_door='avl_fx.compile'"):
         avl_fx.explain(model, AVL, **inputs)
+    model = REMOTE["internvl_chat"].make()
+    inputs, _ = REMOTE["internvl_chat"].prompts()
+    report = avl_fx.explain(model, AVL, **inputs)
+    assert any("generate calls the decoder past it, where torch.compile sees nothing" in line for line in report.advice)
     with pytest.raises(TypeError, match="missing"):  # nobody takes it: the model's own words
         avl_fx.explain(REMOTE["llava_llama"].make(), AVL, front_door="avl_fx.compile", nonsense=inputs["input_ids"])
 

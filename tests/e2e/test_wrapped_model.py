@@ -14,7 +14,8 @@ from torch import nn
 import avl_fx
 from avl_fx import Plan
 from avl_fx.record import recording
-from avl_fx.regions import compiled_plan, find_regions
+from avl_fx.region import find_regions
+from avl_fx.regions import compiled_plan
 from avl_fx.spliced_rows import SplicedRows
 from avl_fx.wrappers import unwrapped, wrapping
 from tests.e2e._covering import rest_in_matrix

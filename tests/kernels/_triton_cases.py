@@ -312,7 +312,7 @@ def test_inherited_ranges(shape: str, inherited: str) -> None:
     test_inherited_decode.check(case, rows, test_inherited_decode.INHERITED[inherited], None, inherit)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", rest_in_matrix([torch.float32, torch.float16], [torch.float32]), ids=str)
 def test_inherited_wide_rows(dtype: torch.dtype) -> None:
     case, rows = Decode(4, 2, head_dim=512, value_dim=512, dtype=dtype), test_partitioned_decode.SHAPES["ragged"]
     test_inherited_decode.check(case, rows, test_inherited_decode.INHERITED["ragged"], None, inherit)

@@ -937,13 +937,28 @@ MUTATIONS: list[Mutation] = [
         ),
     ),
     *_in(
-        "avl_fx/regions.py",
+        "avl_fx/region.py",
         (
-            "tell the wrapper alone where images are",
-            "for module in wrapping(model) for",
-            "for module in (model,) for",
-            f"{WRAPPED} -k reaches",
+            "take a wrapper for the model",
+            "asked = unwrapped(model)",
+            "asked = model",
+            f"{WRAPPED} -k one_to_what",
         ),
+        (
+            "compile the call of what is wrapped",
+            "while decoder is not None and decoder is not asked and can_generate(decoder):",
+            "while False:",
+            f"{REMOTE} -k wrapped",
+        ),
+        (
+            "take the first part that generates",
+            "    if len(found) > 1:\n        found = [",
+            "    if len(found) > 9:\n        found = [",
+            f"{REMOTE} -k no_decoder",
+        ),
+    ),
+    *_in(
+        "avl_fx/region_watch.py",
         (
             "compile a vision encoder as a decoder",
             'if self._region.role == "vision" else',
@@ -951,16 +966,25 @@ MUTATIONS: list[Mutation] = [
             f"{CAUSAL} -k 'explain or calibration'",
         ),
         (
+            "say nothing of unknown embeddings",
+            "            self._notice.positions_are_unknown()",
+            "            pass",
+            f"{REMOTE} -k nobody_knows",
+        ),
+    ),
+    *_in(
+        "avl_fx/regions.py",
+        (
+            "tell the wrapper alone where images are",
+            "for module in wrapping(model) for",
+            "for module in (model,) for",
+            f"{WRAPPED} -k whichever",
+        ),
+        (
             "count the tower's sizes as the decoder's",
             'if not resolved.is_lossless and region.role != "vision":',
             "if not resolved.is_lossless:",
             f"{CAUSAL} -k recompile",
-        ),
-        (
-            "take a wrapper for the model",
-            "asked = unwrapped(model)",
-            "asked = model",
-            f"{WRAPPED} -k one_to_what",
         ),
     ),
     *_in(
@@ -1499,28 +1523,10 @@ MUTATIONS: list[Mutation] = [
     *_in(
         "avl_fx/regions.py",
         (
-            "compile the call of what is wrapped",
-            "while decoder is not None and decoder is not asked and _can_generate(decoder):",
-            "while False:",
-            f"{REMOTE} -k wrapped",
-        ),
-        (
-            "take the first part that generates",
-            "    if len(found) > 1:\n        found = [",
-            "    if len(found) > 9:\n        found = [",
-            f"{REMOTE} -k no_decoder",
-        ),
-        (
             "let parts that generate compile themselves",
-            "dict.fromkeys((*wrapping(model), *filter(_can_generate, model.modules())))",
+            "dict.fromkeys((*wrapping(model), *filter(can_generate, model.modules())))",
             "dict.fromkeys(wrapping(model))",
             f"{REMOTE} -k compile_past",
-        ),
-        (
-            "say nothing of unknown embeddings",
-            "            self._notice.positions_are_unknown()",
-            "            pass",
-            f"{REMOTE} -k nobody_knows",
         ),
     ),
     *_in(

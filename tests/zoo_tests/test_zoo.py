@@ -7,10 +7,11 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tests.zoo
+from benchmarks._difference import largest_difference
 from tests.zoo import ZOO, get, zoo_names
 from tests.zoo._base import FIRST_TEXT, LAST_TEXT, PAD
 from tests.zoo._run import prefill, prefill_and_decode
-from tests.zoo_tests._models import largest_difference, model_of
+from tests.zoo_tests._models import model_of
 
 TOLERANCE = 1e-4  # float32, logits of order 10
 
