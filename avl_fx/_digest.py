@@ -21,7 +21,7 @@ from avl_fx.passes.share_queries import DECODER_ROLES
 from avl_fx.passes.site import Site
 from avl_fx.plan import Plan
 from avl_fx.record import GraphRecord, Recorder
-from avl_fx.region import find_regions
+from avl_fx.region import find_region
 from avl_fx.report import (
     DecodeReads,
     DecoderReport,
@@ -97,7 +97,7 @@ def digest(run: Run) -> Report:
     reads = decode_reads(run.plan, run.recorder, run.forwards, decoder)
     kv, passes = _kv(run, decoder), _passes(records)
     spans = visual_spans(run.recorder.visual[0]) if run.recorder.visual else None
-    vision = next((r.name for r in find_regions(run.model) if r.role == "vision"), None)
+    vision = find_region(run.model, "vision")
     facts = Facts(
         plan=run.plan,
         front_door=run.front_door,
@@ -106,7 +106,7 @@ def digest(run: Run) -> Report:
         graphs=graphs,
         sites=sites,
         visual_known=spans is not None,
-        vision_path=vision,
+        vision_path=None if vision is None else vision.name,
         was_training=run.was_training,
         generated=run.generated,
         goes_past=run.goes_past,

@@ -17,7 +17,7 @@ from avl_fx.backend import avl_backend
 from avl_fx.cache import AVLCache
 from avl_fx.options import parse_options
 from avl_fx.plan import Plan, PlanSpec
-from avl_fx.region import find_regions
+from avl_fx.region import find_region
 
 __all__ = ["Contender"]
 
@@ -77,7 +77,7 @@ class Contender:
 
 def _decoder_config(model: nn.Module) -> Any:
     """That of the model itself need not tell the decoder's layers (remote code)."""
-    region = next((region for region in find_regions(model) if region.role == "decoder"), None)
+    region = find_region(model, "decoder")
     return model.config if region is None else region.module.config
 
 

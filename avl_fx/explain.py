@@ -25,7 +25,7 @@ from avl_fx.errors import CacheStateError, CaptureError, OptionError
 from avl_fx.options import parse_options
 from avl_fx.plan import Plan, PlanSpec
 from avl_fx.record import recording
-from avl_fx.region import find_regions
+from avl_fx.region import find_region
 from avl_fx.report import ForwardReport, Report
 from avl_fx.wrappers import wrapping
 
@@ -119,8 +119,8 @@ def _bare(model: nn.Module, options: Mapping[str, Any], watch: Watch) -> None:
 def _by_regions(model: nn.Module, options: Mapping[str, Any], watch: Watch) -> None:
     regions.compile(model, options=dict(options), **_compat.isolation())
     # Whatever generate calls: what the model is wrapped in, what it wraps, or (remote code) the decoder alone.
-    decoders = [region.module for region in find_regions(model) if region.role == "decoder"]
-    for module in (*wrapping(model), *decoders):
+    decoder = find_region(model, "decoder")
+    for module in (*wrapping(model), *(() if decoder is None else (decoder.module,))):
         _compat.watch_calls(module, watch)
 
 
@@ -178,7 +178,7 @@ def _generates(model: nn.Module) -> bool:
     """Whether ``model`` has a `generate` of its own that may hand settings on to one of transformers (remote code)."""
     generate = getattr(model, "generate", None)
     parameters = inspect.signature(generate).parameters.values() if callable(generate) else ()
-    return any(p.kind is p.VAR_KEYWORD for p in parameters) and find_regions(model)[0].role == "decoder"
+    return any(p.kind is p.VAR_KEYWORD for p in parameters) and find_region(model, "decoder") is not None
 
 
 def _check_forward(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar, Token
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from avl_fx import _compat
 from avl_fx.modality import pop_given, push_given
 
-__all__ = ["ModalityHook", "reads_ids"]
+__all__ = ["ModalityHook", "named_arguments", "reads_ids"]
 
 _open: ContextVar[tuple[Token[Any] | None, ...]] = ContextVar("avl_fx_open_forwards", default=())
 """What takes back the positions given for the forwards that are running, innermost last; each thread has its own."""
@@ -25,6 +26,15 @@ def reads_ids() -> bool:
 
 
 _TOKEN_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+def named_arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> argument of a call; nothing where it does not fit, which the call itself will say."""
+    try:
+        bound = signature.bind_partial(*args, **kwargs).arguments
+    except TypeError:
+        return {}
+    return {**bound.get("kwargs", {}), **bound}
 
 
 class ModalityHook:
@@ -67,11 +77,7 @@ class ModalityHook:
         pop_given(token)
 
     def _visual_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        try:
-            bound = self._signature.bind_partial(*args, **kwargs).arguments
-        except TypeError:
-            return None  # the forward itself will say what is wrong
-        named = {**bound.get("kwargs", {}), **bound}
+        named = named_arguments(self._signature, args, kwargs)
         types = named.get("mm_token_type_ids")
         ids = named.get("input_ids")
         if isinstance(types, Tensor) and types.dim() == 2 and types.shape[1] > 1:

@@ -10,7 +10,7 @@ from torch import nn
 from avl_fx import _compat
 from avl_fx.wrappers import unwrapped
 
-__all__ = ["Region", "can_generate", "find_regions"]
+__all__ = ["Region", "ask", "can_generate", "find_region", "find_regions"]
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,22 @@ class Region:
 def find_regions(model: nn.Module) -> tuple[Region, ...]:
     """The regions that `compile` compiles: decoder and vision encoder where both can be told apart, else the model."""
     asked = unwrapped(model)
-    decoder = _ask(asked, "get_decoder")
+    decoder = ask(asked, "get_decoder")
     if decoder is None or decoder is asked:
         decoder = _language_model(asked)
     while decoder is not None and decoder is not asked and can_generate(decoder):
         # What generates may be wrapped (PEFT) and called by its forward; what it decodes with is called as it is.
-        inner = _ask(decoder, "get_decoder")
+        inner = ask(decoder, "get_decoder")
         if inner is None or inner is decoder:
             break
         decoder = inner
     if _compat.is_encoder_decoder(getattr(decoder, "config", None)):
         # Its own forward may never be called, only those of its halves.
-        decoder = _ask(cast(nn.Module, decoder), "get_decoder") or decoder
+        decoder = ask(cast(nn.Module, decoder), "get_decoder") or decoder
     if decoder is None or decoder is asked:
         return (Region("", model, "model"),)
     regions = [Region(_path(model, decoder), decoder, "decoder")]
-    vision = _ask(asked, "get_encoder", modality="image")
+    vision = ask(asked, "get_encoder", modality="image")
     if vision is not None and vision is not asked and vision is not decoder and _path(model, vision):
         inside = any(m is decoder for m in vision.modules()) or any(m is vision for m in decoder.modules())
         if not inside:
@@ -50,7 +50,13 @@ def find_regions(model: nn.Module) -> tuple[Region, ...]:
     return tuple(regions)
 
 
-def _ask(model: nn.Module, method: str, **kwargs: Any) -> nn.Module | None:
+def find_region(model: nn.Module, role: str) -> Region | None:
+    """The one of `find_regions` that has this role."""
+    return next((region for region in find_regions(model) if region.role == role), None)
+
+
+def ask(model: nn.Module, method: str, **kwargs: Any) -> nn.Module | None:
+    """The module that ``model.method(**kwargs)`` names, if it can say."""
     try:
         found = getattr(model, method)(**kwargs)
     except (AttributeError, TypeError, ValueError, NotImplementedError):
@@ -71,9 +77,9 @@ def _language_model(model: nn.Module) -> nn.Module | None:
             found.append(module)
         else:
             inside += module.children()
-    embedding = _ask(model, "get_input_embeddings")
+    embedding = ask(model, "get_input_embeddings")
     if len(found) > 1:
-        found = [m for m in found if embedding is not None and _ask(m, "get_input_embeddings") is embedding]
+        found = [m for m in found if embedding is not None and ask(m, "get_input_embeddings") is embedding]
     return found[0] if len(found) == 1 else None
 
 

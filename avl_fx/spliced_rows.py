@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from avl_fx.modality_hook import reads_ids
+from avl_fx.modality_hook import named_arguments, reads_ids
+from avl_fx.region import ask
 
 __all__ = ["SplicedRows", "fingerprints"]
 
@@ -49,15 +50,12 @@ class SplicedRows:
     @staticmethod
     def watch(decoder: nn.Module) -> tuple[RemovableHandle, ...]:
         """Remember what ``decoder``'s token embedding returns to others; nothing is watched where it has none."""
-        try:
-            embedding: Any = decoder.get_input_embeddings()  # type: ignore[operator]
-        except (AttributeError, NotImplementedError):
-            return ()
-        return (embedding.register_forward_hook(_remember),) if isinstance(embedding, nn.Module) else ()
+        embedding = ask(decoder, "get_input_embeddings")
+        return () if embedding is None else (embedding.register_forward_hook(_remember),)
 
     def embeddings(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The embeddings ``[batch, sequence > 1, hidden]`` of a prompt that ``decoder(*args, **kwargs)`` is given."""
-        embeds = self._named(args, kwargs).get("inputs_embeds")
+        embeds = named_arguments(self._signature, args, kwargs).get("inputs_embeds")
         usual = isinstance(embeds, Tensor) and embeds.dim() == 3 and embeds.shape[1] > 1
         return embeds if usual else None
 
@@ -75,17 +73,10 @@ class SplicedRows:
         if not tokens.any():
             return None
         spliced = ~tokens & (rows != 0)
-        mask = self._named(args, kwargs).get("attention_mask")
+        mask = named_arguments(self._signature, args, kwargs).get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= rows.shape[1]:
             spliced &= mask[:, -rows.shape[1] :].to(rows.device).bool()
         return spliced
-
-    def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        try:
-            bound = self._signature.bind_partial(*args, **kwargs).arguments
-        except TypeError:
-            return {}  # the forward itself will say what is wrong
-        return {**bound.get("kwargs", {}), **bound}
 
 
 def _remember(module: nn.Module, args: Any, output: Any) -> None:

@@ -1533,7 +1533,7 @@ MUTATIONS: list[Mutation] = [
         "avl_fx/explain.py",
         (
             "watch the model alone",
-            "for module in (*wrapping(model), *decoders):",
+            "for module in (*wrapping(model), *(() if decoder is None else (decoder.module,))):",
             "for module in wrapping(model):",
             f"{REMOTE} -k explain_runs",
         ),
