@@ -37,6 +37,7 @@ __all__ = [
     "decoder_modules",
     "frame_modules",
     "fresh_compilation",
+    "gather_over",
     "graph_breaks",
     "inductor_config_types",
     "inductor_modes",
@@ -46,6 +47,7 @@ __all__ = [
     "recompile_limit",
     "set_attention_implementation",
     "strip_compilation",
+    "sum_over",
     "uncompile_module",
     "uncompiled",
     "visible_implementation",
@@ -457,3 +459,29 @@ def is_last_recompile() -> bool:
     compile_id = CompileContext.current_compile_id()
     number = getattr(compile_id, "frame_compile_id", None)
     return isinstance(number, int) and number >= dynamo_config.recompile_limit - 1
+
+
+def sum_over(group: str, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The sum of ``tensor`` over the processes of the group with this name, the same bits in each; and how many."""
+    from torch.distributed import all_reduce
+
+    found = _process_group(group)
+    total = tensor.clone()
+    all_reduce(total, group=found)
+    return total, found.size()
+
+
+def gather_over(group: str, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """The tensors of all processes of the group with this name, one behind the other along ``dim``."""
+    from torch.distributed import all_gather
+
+    found = _process_group(group)
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(found.size())]
+    all_gather(parts, tensor.contiguous(), group=found)
+    return torch.cat(parts, dim)
+
+
+def _process_group(name: str) -> Any:
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(cast(Any, name))

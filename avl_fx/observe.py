@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from avl_fx._compat import gather_over
 from avl_fx.passes.context import ObservedAttention
 from avl_fx.record import GraphRecord
 
@@ -24,7 +25,7 @@ class ObservedForward:
     """What the graph observes and why not the rest; knows none of the graph's nodes."""
     record: GraphRecord
     rows: Mapping[int, Tensor]
-    """Layer -> softmax of the last real query, float32 ``[batch, heads, keys]``."""
+    """Layer -> softmax of the last real query, float32 ``[batch, heads, keys]``, of the heads of all processes."""
     visual: Tensor | None
     """Visual positions bool ``[batch, sequence]`` of the forward, where known."""
     positions: Tensor | None
@@ -97,5 +98,8 @@ class ObservedGraph:
             return
         layers = self.attention.layers
         rows = {layer.layer: row.detach() for layer, row in zip(layers, returned, strict=False)}
+        group = self.attention.process_group
+        if group is not None:
+            rows = {layer: gather_over(group, row, dim=1) for layer, row in rows.items()}
         positions = returned[len(layers)] if len(returned) > len(layers) else None
         observer.forwards.append(ObservedForward(self.attention, self.record, rows, visual, positions))

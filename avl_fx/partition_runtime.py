@@ -30,6 +30,7 @@ from avl_fx.policies import TextPolicy, VisionPolicy
 from avl_fx.reads import PromptRow
 from avl_fx.record import Undivided, note_division
 from avl_fx.row_order import remember, sources
+from avl_fx.scores import Scores
 
 __all__ = ["PartitionRuntime"]
 
@@ -57,6 +58,8 @@ class PartitionRuntime:
     has_last_mask: bool
     weight: int | None
     """Input with a weight of the model; one compiled graph may serve several models."""
+    process_group: str | None = None
+    """The group whose processes have the heads, some each."""
     filters: bool = False
     """Whether a prompt drops visual tokens on its way, where it is told that it may."""
 
@@ -73,6 +76,7 @@ class PartitionRuntime:
             io.positions is not None,
             io.last_mask is not None,
             io.weight,
+            io.process_group,
             io.left is not None,
         )
 
@@ -158,7 +162,7 @@ class PartitionRuntime:
             partition: what `state` said before the call.
         """
         rest = list(returned)
-        scores = {layer.layer: rest.pop(0) for layer in self.layers if layer.scored}
+        scores = Scores({layer.layer: rest.pop(0) for layer in self.layers if layer.scored}, self.process_group)
         positions = rest.pop(0) if self.has_positions else None
         last_mask = rest.pop(0) if self.has_last_mask else None
         left = rest.pop(0) if self.filters else None
@@ -283,7 +287,7 @@ class PartitionRuntime:
         args: Sequence[Any],
         outputs: list[Any],
         keys: dict[int, Tensor],
-        scores: dict[int, Tensor],
+        scores: Scores,
     ) -> Partition | None:
         visible = None if last_mask is None else _seen(last_mask, visual.shape[1])
         stored, old = None, 0
@@ -297,7 +301,7 @@ class PartitionRuntime:
         partition.model = self._model(args)
         partition.to(next(iter(keys.values())).device)
         if not self.policy.is_identity:
-            for moves in partition.first_moves({layer: scores[layer] for layer in self._deciding()}):
+            for moves in partition.first_moves(scores.by(self.policy.scores)):
                 self._move(moves, args, outputs)
         self._forget(partition, args, outputs, scores, appended=False)
         # A later turn of text alone may still be taken back: assisted decoding does.
@@ -351,10 +355,10 @@ class PartitionRuntime:
         last_mask: Tensor | None,
         args: Sequence[Any],
         outputs: list[Any],
-        scores: dict[int, Tensor],
+        scores: Scores,
     ) -> Partition:
         if partition.refreshes and not self.policy.is_identity:
-            for moves in partition.next_moves({layer: scores[layer] for layer in self._deciding()}):
+            for moves in partition.next_moves(scores.by(self.policy.scores)):
                 self._move(moves, args, outputs, partition, text=False)
         stored = partition.stored
         if partition.text is not None:
@@ -386,15 +390,16 @@ class PartitionRuntime:
         partition: Partition,
         args: Sequence[Any],
         outputs: Sequence[Any],
-        scores: dict[int, Tensor],
+        scores: Scores,
         appended: bool,
     ) -> None:
         if partition.text is None:
             return
         for layer in self._deciding():
-            order = partition.text.forget(layer, scores[layer], appended)
+            rows = scores.shared[layer]
+            order = partition.text.forget(layer, rows, appended)
             if order is not None:
-                device = scores[layer].device
+                device = rows.device
                 order = order[0].to(device), order[1].to(device)
                 self._move(Moves.of(layer, order), args, outputs, partition if self.decode else None)
         partition.text.settle(appended)

@@ -193,6 +193,8 @@ class PartitionIO:
     """The mask of the last query, ``[batch, heads or 1, keys]`` boolean or additive; none: it sees every key."""
     weight: int | None = None
     """Position of the input with the weight that makes the first layer's values: tells whose cache it is."""
+    process_group: str | None = None
+    """Under tensor parallelism the group that has the other heads, for each process ranks keys by all of them."""
     left: fx.Node | None = None
     """Of a prompt that drops visual tokens on its way: those that are left, bool ``[batch, left]``; False fills up."""
 
@@ -245,6 +247,8 @@ class ObservedAttention:
     """Whether images come in through cross-attention: the other layers' keys are then those of text."""
     positions: fx.Node | None = None
     """Key positions of the queries, in a static cache; int64 ``[queries]``."""
+    process_group: str | None = None
+    """Under tensor parallelism the group that has the other heads."""
 
     def returned(self) -> list[fx.Node]:
         """What the graph returns beyond the model's own outputs, in this order."""

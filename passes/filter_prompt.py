@@ -25,6 +25,7 @@ from avl_fx.passes.context import PassContext, PromptFilter
 from avl_fx.passes.fewer_rows import CannotShorten, FewerRows, tail_of
 from avl_fx.passes.nodes import fake, op, shape
 from avl_fx.passes.rewrite import add_input, insert_call, insert_traced
+from avl_fx.passes.sharded_heads import summed_over
 from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.passes.site import PassResult, Reason, Site
 from avl_fx.passes.visual_inputs import new_flags
@@ -102,7 +103,11 @@ def _filter(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> tuple[R
     if flags is None or scores is None:
         return Reason.VISUAL_UNKNOWN, ""
     may_drop = add_input(gm.graph, "avl_may_drop", (1,), torch.int32, scores)
-    chosen = _choose(cut.next, scores, flags, io.last_mask, may_drop, policy.keep, tail_of(cut))
+    # Each process has to drop the same tokens: hidden states are added up over all of them.
+    before = cut.next
+    summed = [] if io.process_group is None else summed_over(io.process_group, before, scores)
+    scores = summed[-1] if summed else scores
+    chosen = _choose(before, scores, flags, io.last_mask, may_drop, policy.keep, tail_of(cut))
     rows, valid = (insert_call(chosen.next, operator.getitem, chosen, i) for i in (0, 1))
     shortened = None
     try:
@@ -111,7 +116,7 @@ def _filter(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> tuple[R
     except CannotShorten as error:
         if shortened is not None:
             shortened.roll_back()
-        for node in (valid, rows, chosen, may_drop):
+        for node in (valid, rows, chosen, may_drop, *reversed(summed)):
             gm.graph.erase_node(node)
         return Reason.FILTER_GRAPH, str(error)
     result.new_inputs = (*result.new_inputs, may_drop.name)

@@ -101,6 +101,7 @@ VIEW_OPS = frozenset(
     | {"movedim", "moveaxis", "t", "adjoint", "view_as_real", "view_as_complex", "reshape_as", "broadcast_to", "alias"}
     | {"split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "chunk", "unbind", "swapaxes"}
     | {"to", "type", "type_as", "float", "half", "bfloat16", "double", "cpu", "cuda", "_get_data_attr"}
+    | {"from_local", "to_local", "redistribute", "full_tensor"}  # between a process's part and a DTensor
     | {"dropout", "positive", "conj", "resolve_conj", "resolve_neg"}
     | _ATTRIBUTE_VIEWS
 )

@@ -20,6 +20,7 @@ from avl_fx.passes.latents import latents_of
 from avl_fx.passes.nodes import METADATA_OPS, alias_root, op, shape, writes_to
 from avl_fx.passes.partition_modalities import static_positions
 from avl_fx.passes.rewrite import insert_call
+from avl_fx.passes.sharded_heads import process_group
 from avl_fx.passes.share_queries import decoder_sites, why_not
 from avl_fx.passes.site import PassResult, Reason, Site, Status
 
@@ -45,6 +46,7 @@ def observe_attention(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         depth=ctx.expected_layers or (depths.pop() if len(depths) == 1 else None),
         cross=any(site.kind == "cross" for site in sites),
         positions=None if counted is None else static_positions(counted),
+        process_group=None if counted is None else process_group(counted),
     )
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     for site in chosen:

@@ -31,6 +31,7 @@ from avl_fx.passes.latents import latents_of
 from avl_fx.passes.nodes import alias_root, arg, fake, mutated_input, op, same_shape, shape, writes_to
 from avl_fx.passes.read_ranges import read_ranges, take_ranges, takes
 from avl_fx.passes.rewrite import insert_call, remove_dead
+from avl_fx.passes.sharded_heads import process_group
 from avl_fx.passes.share_queries import decoder_sites, same_value
 from avl_fx.passes.site import PassResult, Reason, Site, Status
 from avl_fx.plan import Plan
@@ -79,6 +80,7 @@ def partition_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     io = PartitionIO(decode=decode, layers=[layer for _, layer in layers], compact=ctx.compact is not None)
     first = layers[0][0].node
     assert first is not None
+    io.process_group = process_group(layers[0][0])
     io.weight = _weight(gm, _rows(layers[0][0])[1])
     # A decode step asks the same as a prompt: the partition may start there.
     io.positions = static_positions(layers[0][0])
@@ -164,6 +166,8 @@ def _understand(
     same_mask = same_value(mask, first.node.args[_MASK]) and (mask is None or len(shape(mask) or ()) == 4)
     if not same_mask and (first.queries == 1 or not shares):  # a layer that shares rows scores nothing in a prompt
         return Reason.POSITION_MASK, "another mask than the first layer's"
+    if process_group(site) != process_group(first):
+        return Reason.OTHER_PROCESSES, ""
     if _is_learned(mask):  # type: ignore[arg-type]
         return Reason.POSITION_MASK, "it is computed from hidden states"
     if shares:  # another layer's rows, which lie in the order that it decides; nothing is scored

@@ -52,6 +52,7 @@ class Reason(enum.StrEnum):
     ANCHOR_SCALE = "scale differs from its anchor's"
     NO_CACHE = "it keeps no cache"
     NOT_THE_CACHE = "does not attend to its cache as a whole"
+    OTHER_PROCESSES = "its heads are spread over other processes than the first layer's"
     POSITION_MASK = "its mask depends on the order of the keys"
     COMPACT_ROWS = "its compact cache is read by more than attention"
     KEYS_ESCAPE = "its keys leave the graph in a way that is not a cache"

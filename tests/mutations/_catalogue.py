@@ -64,6 +64,7 @@ ADDS, EXPERTS = f"{P}add_features.py", f"{P}expert_rows.py"
 FEWER, FILTER = f"{P}fewer_rows.py", "tests/e2e/test_prefill_filter.py -m 'not matrix'"
 NARROW_LINEAR, OPERATORS = "tests/kernels/test_narrow_linear.py", "tests/kernels/test_operators.py"
 SURVIVORS = "tests/kernels/test_survivors.py"
+SHARDED, PARALLEL = f"{P}sharded_heads.py", "tests/e2e/test_tensor_parallel.py"
 WRAPPED, QUANTISED = "tests/e2e/test_wrapped_model.py", "tests/e2e/test_quantised_weights.py"
 
 
@@ -1341,7 +1342,50 @@ MUTATIONS: list[Mutation] = [
         ("add where decode steps are", " or ctx.partition.decode", "", ADDS),
     ),
     *_in(
+        "passes/sharded_heads.py",
+        ("take the sum of experts for that of heads", "if user in seen or left < 0:", "if user in seen:", SHARDED),
+        ("look past no projection", "2 if site.latent else 1", "0", SHARDED),
+        ("latents are values at once", "2 if site.latent else 1", "1", SHARDED),
+        ("see no sum that is still to come", "if placement.is_partial():", "if False:", SHARDED),
+    ),
+    *_in(
+        "avl_fx/scores.py",
+        (
+            "rank by this process's heads",
+            "if self.group is None or not self.own:",
+            "if True:",
+            "tests/avl_fx/test_scores.py",
+        ),
+        (
+            "take the sum over processes for the mean",
+            "(total / processes)",
+            "total",
+            "tests/avl_fx/test_scores.py",
+        ),
+        (
+            "ask the other processes about each head",
+            'return self.shared if kind == "shared" else self.own',
+            "return self.shared",
+            "tests/avl_fx/test_scores.py",
+        ),
+    ),
+    *_in(
+        "avl_fx/observe.py",
+        (
+            "calibrate by this process's heads",
+            "if group is not None:",
+            "if False:",
+            f"{PARALLEL} -k all",
+        ),
+    ),
+    *_in(
         "passes/filter_prompt.py",
+        (
+            "drop other tokens in each process",
+            "if io.process_group is None else",
+            "if True else",
+            f"{PARALLEL} -k all",
+        ),
         (
             "filter what a stock cache has to keep",
             "if ctx.compact is None:",

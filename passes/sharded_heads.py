@@ -1,0 +1,72 @@
+"""Tensor parallelism: whose heads a site has, where each process attends with some of them.
+
+Such a model adds up what the processes' heads say behind the output projection. The process group of that sum is found
+in the graph, so neither the model nor its plan for sharding is asked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.distributed import is_available
+
+from avl_fx.passes.nodes import fake, op
+from avl_fx.passes.rewrite import insert_call
+from avl_fx.passes.site import Site
+
+__all__ = ["process_group", "summed_over"]
+
+_SUMS = frozenset({"all_reduce", "all_reduce_", "reduce_scatter_tensor"})
+_PRODUCTS = frozenset({"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum"})
+
+
+def process_group(site: Site) -> str | None:
+    """The name of the process group that has the heads of ``site``, some each; ``None``: this process has them all.
+
+    A sum over processes counts where one projection stands between (for latents two: they become values first). One
+    that comes later, as that of experts, says nothing of heads.
+    """
+    assert site.node is not None
+    pending = [(site.node, 2 if site.latent else 1)]
+    seen = {site.node}
+    while pending:
+        node, projections = pending.pop()
+        for user in node.users:
+            name = op(user)
+            if name in _SUMS and isinstance(user.args[-1], str):
+                return user.args[-1]
+            left = projections - (name in _PRODUCTS)
+            if user in seen or left < 0:
+                continue
+            group = _partial_over(user)
+            if group is not None:
+                return group
+            seen.add(user)
+            pending.append((user, left))
+    return None
+
+
+def _partial_over(node: fx.Node) -> str | None:
+    """The group over which a ``DTensor`` is still to be summed."""
+    value = fake(node)
+    if not is_available() or not isinstance(value, torch.Tensor):
+        return None
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(value, DTensor):
+        return None
+    for dim, placement in enumerate(value.placements):
+        if placement.is_partial():
+            return value.device_mesh.get_group(dim).group_name
+    return None
+
+
+def summed_over(group: str, before: fx.Node, scores: fx.Node) -> list[fx.Node]:
+    """Insert the sum of ``scores`` ``[batch, kv_heads, keys]`` over the heads of all processes, ``[batch, 1, keys]``.
+
+    Returns:
+        The new nodes in their order; the last one is the sum, the same numbers in each process.
+    """
+    own = insert_call(before, torch.ops.aten.sum.dim_IntList, scores, [1], True)
+    both = insert_call(before, torch.ops._c10d_functional.all_reduce.default, own, "sum", group)
+    return [own, both, insert_call(before, torch.ops._c10d_functional.wait_tensor.default, both)]
