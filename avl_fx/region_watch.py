@@ -76,8 +76,8 @@ class NothingDone:
         if ran:
             log.warning(
                 "%s was captured in pieces that do not show how its layers attend, so the plan that it was compiled "
-                "with did nothing. That is so for caches that keep their keys in pages (generate_batch). "
-                "avl_fx.explain(model, plan, front_door='avl_fx.compile', **inputs) shows the pieces.",
+                "with did nothing. That is so for caches that keep their keys in pages (generate_batch), or that "
+                "quantise them. avl_fx.explain(model, plan, front_door='avl_fx.compile', **inputs) shows the pieces.",
                 self._name or "The model",
             )
         else:
