@@ -47,7 +47,9 @@ class ModalityHook:
     def __init__(self, model: nn.Module) -> None:
         self._signature = inspect.signature(model.forward)
         config = getattr(model, "config", None)
-        ids = (getattr(config, name, None) for name in _TOKEN_ID_NAMES)
+        # Phi-4 multimodal names them in the part for images.
+        said = (config, getattr(config, "vision_config", None))
+        ids = (getattr(part, name, None) for part in said for name in _TOKEN_ID_NAMES)
         self._visual_ids = tuple(sorted({i for i in ids if isinstance(i, int)}))
         text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
         if getattr(text, "cross_attention_layers", None) or _compat.is_encoder_decoder(config):

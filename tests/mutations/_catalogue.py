@@ -1370,6 +1370,15 @@ MUTATIONS: list[Mutation] = [
         ),
     ),
     *_in(
+        "avl_fx/modality_hook.py",
+        (
+            "ask the vision part for no token",
+            "for part in said for name",
+            "for part in said[:1] for name",
+            "tests/avl_fx/test_modality_hook.py",
+        ),
+    ),
+    *_in(
         "avl_fx/observe.py",
         (
             "calibrate by this process's heads",
