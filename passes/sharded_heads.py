@@ -7,25 +7,26 @@ in the graph, so neither the model nor its plan for sharding is asked.
 from __future__ import annotations
 
 import torch
-from torch import fx
-from torch.distributed import is_available
+from torch import distributed, fx
 
-from avl_fx.passes.nodes import fake, op
+from avl_fx.passes.nodes import VIEW_OPS, fake, op
 from avl_fx.passes.rewrite import insert_call
 from avl_fx.passes.site import Site
 
 __all__ = ["process_group", "summed_over"]
 
 _SUMS = frozenset({"all_reduce", "all_reduce_", "reduce_scatter_tensor"})
-_PRODUCTS = frozenset({"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum"})
+_PRODUCTS = frozenset({"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum", "_grouped_mm", "grouped_mm"})
 
 
 def process_group(site: Site) -> str | None:
     """The name of the process group that has the heads of ``site``, some each; ``None``: this process has them all.
 
-    A sum over processes counts where one projection stands between (for latents two: they become values first). One
-    that comes later, as that of experts, says nothing of heads.
+    A sum over processes counts where one projection stands between (for latents two: they become values first), and
+    nothing is computed behind that. One that comes later, as that of experts, says nothing of heads.
     """
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
     assert site.node is not None
     pending = [(site.node, 2 if site.latent else 1)]
     seen = {site.node}
@@ -33,23 +34,23 @@ def process_group(site: Site) -> str | None:
         node, projections = pending.pop()
         for user in node.users:
             name = op(user)
-            if name in _SUMS and isinstance(user.args[-1], str):
-                return user.args[-1]
-            left = projections - (name in _PRODUCTS)
-            if user in seen or left < 0:
+            if name in _SUMS:
+                return getattr(user.args[-1], "group_name", user.args[-1])
+            # Behind the last projection a sum of heads follows at once; what is added or normalised first is complete.
+            if user in seen or (projections == 0 and name not in VIEW_OPS):
                 continue
             group = _partial_over(user)
             if group is not None:
                 return group
             seen.add(user)
-            pending.append((user, left))
+            pending.append((user, projections - (name in _PRODUCTS)))
     return None
 
 
 def _partial_over(node: fx.Node) -> str | None:
     """The group over which a ``DTensor`` is still to be summed."""
     value = fake(node)
-    if not is_available() or not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor):
         return None
     from torch.distributed.tensor import DTensor
 

@@ -1343,7 +1343,7 @@ MUTATIONS: list[Mutation] = [
     ),
     *_in(
         "passes/sharded_heads.py",
-        ("take the sum of experts for that of heads", "if user in seen or left < 0:", "if user in seen:", SHARDED),
+        ("take the sum of experts for that of heads", "(projections == 0 and name not in VIEW_OPS)", "False", SHARDED),
         ("look past no projection", "2 if site.latent else 1", "0", SHARDED),
         ("latents are values at once", "2 if site.latent else 1", "1", SHARDED),
         ("see no sum that is still to come", "if placement.is_partial():", "if False:", SHARDED),

@@ -57,6 +57,7 @@ BEHIND = {
     "functional": (lambda x: functional(F.linear(x, WEIGHT)), True),
     "matmul, gate, cast": (lambda x: functional((x.sigmoid() * x) @ WEIGHT.t().double().float()), True),
     "scattered": (lambda x: scattered(F.linear(x, WEIGHT)), True),
+    "grouped experts alone": (lambda x: functional(F.gelu(F.linear(x, WEIGHT) + WEIGHT[0])), False),
     "experts alone": (lambda x: functional(F.linear(F.layer_norm(F.linear(x, WEIGHT), (32,)), WEIGHT)), False),
     "without a projection": (functional, True),
 }
