@@ -1384,7 +1384,7 @@ MUTATIONS: list[Mutation] = [
             "calibrate by this process's heads",
             "if group is not None:",
             "if False:",
-            f"{PARALLEL} -k all",
+            f"{PARALLEL} -k torch-all",
         ),
     ),
     *_in(
@@ -1393,7 +1393,7 @@ MUTATIONS: list[Mutation] = [
             "drop other tokens in each process",
             "if io.process_group is None else",
             "if True else",
-            f"{PARALLEL} -k all",
+            f"{PARALLEL} -k torch-all",
         ),
         (
             "filter what a stock cache has to keep",
