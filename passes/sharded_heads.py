@@ -6,6 +6,8 @@ in the graph, so neither the model nor its plan for sharding is asked.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import distributed, fx
 
@@ -36,7 +38,7 @@ def process_group(site: Site) -> str | None:
         for user in node.users:
             name = op(user)
             if name in _SUMS:
-                return getattr(user.args[-1], "group_name", user.args[-1])
+                return _named(user.args[-1])
             # Behind the last projection a sum of heads follows at once; what is added or normalised first is complete.
             if user in seen or (projections == 0 and name not in VIEW_OPS):
                 continue
@@ -46,6 +48,10 @@ def process_group(site: Site) -> str | None:
             seen.add(user)
             pending.append((user, projections - (name in _PRODUCTS)))
     return None
+
+
+def _named(group: Any) -> str:
+    return group if isinstance(group, str) else group.group_name
 
 
 def _partial_over(node: fx.Node) -> str | None:

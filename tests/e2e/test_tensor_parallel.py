@@ -24,9 +24,8 @@ pytestmark = [
     [
         pytest.param("torch", ["shared"], id="torch-shared"),
         pytest.param("torch", ["calibrate", *PLANS], id="torch-all", marks=pytest.mark.matrix),
-        pytest.param(
-            "transformers", ["calibrate", *PLANS], id="transformers", marks=pytest.mark.libraries
-        ),  # accelerate
+        # Transformers asks for accelerate here.
+        pytest.param("transformers", ["calibrate", *PLANS], id="transformers", marks=pytest.mark.libraries),
     ],
 )
 def test_two_processes_answer_as_one(tmp_path, how, plans):
