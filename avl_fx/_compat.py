@@ -27,7 +27,6 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "BackendErrorBase",
     "FrameModules",
-    "all_reduce_operators",
     "attention_implementation",
     "compile_arguments",
     "compile_graph",
@@ -480,12 +479,6 @@ def gather_over(group: str, tensor: torch.Tensor, dim: int) -> torch.Tensor:
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(found.size())]
     all_gather(parts, tensor.contiguous(), group=found)
     return torch.cat(parts, dim)
-
-
-def all_reduce_operators() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What stands in a graph for a sum over processes, ``(tensor, "sum", group name)``, and the wait for its result."""
-    operators = torch.ops._c10d_functional
-    return operators.all_reduce.default, operators.wait_tensor.default
 
 
 def _process_group(name: str) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import distributed, fx
 
-from avl_fx._compat import all_reduce_operators
 from avl_fx.passes.nodes import VIEW_OPS, fake, op
 from avl_fx.passes.rewrite import insert_call
 from avl_fx.passes.site import Site
@@ -76,6 +75,5 @@ def summed_over(group: str, before: fx.Node, scores: fx.Node) -> list[fx.Node]:
         The new nodes in their order; the last one is the sum, the same numbers in each process.
     """
     own = insert_call(before, torch.ops.aten.sum.dim_IntList, scores, [1], True)
-    reduce, wait = all_reduce_operators()
-    both = insert_call(before, reduce, own, "sum", group)
-    return [own, both, insert_call(before, wait, both)]
+    both = insert_call(before, torch.ops._c10d_functional.all_reduce.default, own, "sum", group)
+    return [own, both, insert_call(before, torch.ops._c10d_functional.wait_tensor.default, both)]

@@ -86,7 +86,7 @@ ALLOWED = {
     "avl_fx.passes": ("torch", "avl_fx.kernels", "avl_fx.plan", "avl_fx.policies", "avl_fx.errors"),
 }
 # Private names without a public twin, in place for years. All others belong to avl_fx/_compat.py.
-SETTLED = ("torch._ops", "torch.utils._pytree")
+SETTLED = ("torch._ops", "torch.ops._c10d_functional", "torch.utils._pytree")
 
 
 def imported(tree: ast.AST) -> set[str]:
