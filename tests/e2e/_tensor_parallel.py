@@ -28,6 +28,13 @@ PLANS = {
     "filter": Plan.avl(0.3, 0.5, 2, text=None, prefill=0.6, prefill_after_layer=1),
     "filter, per_kv_head": Plan.avl(0.3, 0.5, 2, text=None, scores="per_kv_head", prefill=0.6, prefill_after_layer=1),
 }
+SPREAD = {
+    "self_attn.[qkv]_proj": ColwiseParallel,
+    "self_attn.o_proj": RowwiseParallel,
+    "mlp.gate_proj": ColwiseParallel,
+    "mlp.up_proj": ColwiseParallel,
+    "mlp.down_proj": RowwiseParallel,
+}
 
 
 def by_transformers(folder: Path) -> nn.Module:
@@ -41,13 +48,9 @@ def by_transformers(folder: Path) -> nn.Module:
 def by_torch(folder: Path) -> nn.Module:
     """The same by `parallelize_module`."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    apart = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ColwiseParallel)
-    together = dict.fromkeys(("o_proj", "down_proj"), RowwiseParallel)
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     for layer in model.model.language_model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            names = {name for name, _ in part.named_children()}
-            parallelize_module(part, mesh, {n: how() for n, how in {**apart, **together}.items() if n in names})
+        parallelize_module(layer, mesh, {name: how() for name, how in SPREAD.items()})
     return model
 
 
