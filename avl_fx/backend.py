@@ -15,7 +15,7 @@ from torch import fx
 from avl_fx import _compat
 from avl_fx.attention_kernels import opaque_kernels, warn_of_hidden_attention
 from avl_fx.errors import AvlError, CacheStateError, InternalError
-from avl_fx.modality import carried, given, may_carry
+from avl_fx.modality import audio_masks, carried, given, may_carry
 from avl_fx.observe import active_observer
 from avl_fx.options import BackendOptions, parse_options
 from avl_fx.passes.context import PassContext
@@ -27,6 +27,7 @@ from avl_fx.plan import Plan
 from avl_fx.record import GraphRecord, active_recorder
 from avl_fx.region_call import region_decoder
 from avl_fx.runtime import CompiledGraph
+from avl_fx.token_ids import audio_token_ids
 
 __all__ = ["avl_backend"]
 
@@ -129,6 +130,8 @@ def _make_context(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Ba
         without_attention=resolver.without_attention(),
         decoder_modules=resolver.decoder_modules() if region is None else region,
         carried_visual=visual,
+        audio_ids=audio_token_ids(getattr(resolver.outermost(), "config", None)),
+        audio_masks=audio_masks(example_inputs),
         observe=active_observer() is not None,
         # CUDA graphs copy their inputs into memory of their own, without what lies behind their end.
         spare_rows=not options.inductor_config().get("triton.cudagraphs", False),

@@ -21,10 +21,12 @@ from avl_fx.errors import ModalityError
 
 __all__ = [
     "attach",
+    "audio_masks",
     "carried",
     "given",
     "given_keys",
     "given_rows",
+    "mark_audio_mask",
     "may_carry",
     "modality_ids",
     "pop_given",
@@ -33,6 +35,8 @@ __all__ = [
 ]
 
 _ATTRIBUTE = "_avl_visual_positions"
+_AUDIO_MASK = "_avl_audio_mask"
+_AUDIO_TYPE = 3
 
 
 @dataclass
@@ -55,10 +59,10 @@ def modality_ids(ids: Tensor) -> Iterator[None]:
             model.generate(**inputs)
 
     Args:
-        ids: ``[batch, sequence]``; integers (0 = text, anything else visual: 1 image, 2 video) or booleans (True =
-            visual). Those of the first forward of this length, or else of the first keys in the cache; of every row
-            of the batch that the model sees (``generate`` repeats rows for beams). Where they fit neither they are
-            not used.
+        ids: ``[batch, sequence]``; integers as in transformers' ``mm_token_type_ids`` (0 = text, 1 image, 2 video, 3
+            audio, which counts as text; anything else is visual) or booleans (True = visual). Those of the first
+            forward of this length, or else of the first keys in the cache; of every row of the batch that the model
+            sees (``generate`` repeats rows for beams). Where they fit neither they are not used.
 
     Raises:
         ModalityError: wrong type, rank or dtype.
@@ -88,7 +92,7 @@ def visual_from_ids(ids: Any) -> Tensor:
         raise ModalityError(
             f"must hold integers or booleans, got {ids.dtype}", field="ids", remedy="0 = text, 1 = image, 2 = video"
         )
-    return ids != 0
+    return (ids != 0) & (ids != _AUDIO_TYPE)
 
 
 def given() -> Tensor | None:
@@ -165,3 +169,13 @@ def carried(inputs: Iterable[Any]) -> Tensor | None:
             if visual is not None:
                 return visual
     return None
+
+
+def mark_audio_mask(mask: Tensor) -> None:
+    """Let a later graph of the same forward know that ``mask`` names positions of audio."""
+    setattr(mask, _AUDIO_MASK, True)
+
+
+def audio_masks(inputs: Iterable[Any]) -> frozenset[int]:
+    """The positions among ``inputs`` of what `mark_audio_mask` marked."""
+    return frozenset(i for i, tensor in enumerate(inputs) if getattr(tensor, _AUDIO_MASK, False) is True)

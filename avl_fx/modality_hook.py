@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from avl_fx import _compat
-from avl_fx.modality import pop_given, push_given
+from avl_fx.modality import pop_given, push_given, visual_from_ids
+from avl_fx.token_ids import visual_token_ids
 
 __all__ = ["ModalityHook", "named_arguments", "reads_ids"]
 
@@ -23,9 +24,6 @@ _open: ContextVar[tuple[Token[Any] | None, ...]] = ContextVar("avl_fx_open_forwa
 def reads_ids() -> bool:
     """Whether a forward is running whose token ids `ModalityHook` has read."""
     return bool(_open.get())
-
-
-_TOKEN_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
 def named_arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,10 +45,7 @@ class ModalityHook:
     def __init__(self, model: nn.Module) -> None:
         self._signature = inspect.signature(model.forward)
         config = getattr(model, "config", None)
-        # Phi-4 multimodal names them in the part for images.
-        said = (config, getattr(config, "vision_config", None))
-        ids = (getattr(part, name, None) for part in said for name in _TOKEN_ID_NAMES)
-        self._visual_ids = tuple(sorted({i for i in ids if isinstance(i, int)}))
+        self._visual_ids = tuple(sorted(visual_token_ids(config)))
         text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
         if getattr(text, "cross_attention_layers", None) or _compat.is_encoder_decoder(config):
             # Images come in through cross-attention: the image token is an ordinary token of the text (Mllama), or one
@@ -83,7 +78,7 @@ class ModalityHook:
         types = named.get("mm_token_type_ids")
         ids = named.get("input_ids")
         if isinstance(types, Tensor) and types.dim() == 2 and types.shape[1] > 1:
-            return types != 0
+            return visual_from_ids(types)
         if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 1:
             wanted = torch.tensor(self._visual_ids, dtype=ids.dtype, device=ids.device)
             return torch.isin(ids, wanted)

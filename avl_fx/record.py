@@ -98,8 +98,9 @@ class Recorder:
     """Every call of such a graph that is a decode step, in order."""
     keep_graphs: bool = False
 
-    def saw_visual(self, visual: Tensor) -> None:
-        """Note the visual positions of a forward, once."""
+    def saw_visual(self, visual: Tensor, earlier: Tensor | None = None) -> None:
+        """Note the visual positions of a forward, once: they stand for those that an earlier graph of it showed."""
+        self.visual = [visual if v is earlier else v for v in self.visual]
         if not any(v is visual for v in self.visual):
             self.visual.append(visual)
 

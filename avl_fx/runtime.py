@@ -12,7 +12,7 @@ from torch import Tensor
 from avl_fx.compact_calls import CompactCalls
 from avl_fx.dropped_keys import Nans, check_stored, mark_buffer, marker
 from avl_fx.growing import GrowingCache
-from avl_fx.modality import attach, carried, given
+from avl_fx.modality import attach, carried, given, mark_audio_mask
 from avl_fx.observe import ObservedGraph
 from avl_fx.partition import Partition, everything
 from avl_fx.partition_runtime import PartitionRuntime
@@ -64,6 +64,8 @@ class CompiledGraph:
     """Input positions of the keys and values of dynamic caches."""
     hidden: Sequence[int] = ()
     """Input positions of what looks like hidden states: visual positions may ride there."""
+    audio_masks: Sequence[int] = ()
+    """Output positions of masks of audio."""
     observed: ObservedGraph | None = None
     decodes: bool = False
     """Whether it shows attention of decoder layers, which a plan is about."""
@@ -98,6 +100,7 @@ class CompiledGraph:
             visual=None if ctx.visual_inputs is None else VisualCalls.of(ctx.visual_inputs),
             past=past,
             hidden=hidden,
+            audio_masks=ctx.returned_audio_masks,
             observed=None if ctx.observed is None else ObservedGraph.of(ctx.observed, record),
             decodes=bool(decoder_sites(ctx)),
         )
@@ -127,6 +130,8 @@ class CompiledGraph:
             outputs.insert(position, None)
         if self.growing is not None:
             self.growing.after(inputs, outputs)
+        for position in self.audio_masks:
+            mark_audio_mask(outputs[position])
         visual = self._pass_on(args, outputs, visual)
         if self.observed is not None:
             self.observed.finish(rows, visual)
@@ -182,15 +187,19 @@ class CompiledGraph:
     def _pass_on(self, args: Sequence[Any], outputs: list[Any], visual: Tensor | None) -> Tensor | None:
         """Let visual positions ride on; returns those of this forward where they are known."""
         recorder = active_recorder()
+        asked = visual is not None or self.record.visual != "none" or recorder is not None
+        earlier = self._carried(args) if asked else None
         if visual is None:
-            visual = self._carried(args) if self.record.visual != "none" or recorder is not None else None
+            visual = earlier
+        elif earlier is not None and earlier.shape == visual.shape:
+            visual = visual | earlier.to(visual.device)  # images in one graph, videos in the next
         if visual is not None:
             attach(outputs, visual)
         if recorder is not None:
             self.record.calls += 1
             seen = visual if visual is not None else given()
             if seen is not None and self.record.visual != "none":
-                recorder.saw_visual(seen)
+                recorder.saw_visual(seen, earlier)
         return visual if visual is not None else given()
 
 

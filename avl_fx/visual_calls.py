@@ -29,6 +29,7 @@ class VisualCalls:
     takes_new: bool
     takes_past: bool
     starts: bool
+    shown: bool
     device: torch.device
 
     @classmethod
@@ -40,7 +41,8 @@ class VisualCalls:
         assert inputs.batch is not None
         device = taken[0].meta["example_value"].device
         queries = 1 if inputs.queries is None else inputs.queries
-        return cls(inputs.batch, queries, inputs.new is not None, inputs.past is not None, inputs.starts, device)
+        new, past = inputs.new is not None, inputs.past is not None
+        return cls(inputs.batch, queries, new, past, inputs.starts, inputs.shown, device)
 
     def new(self, args: Sequence[Any], tokens: int | None, visual: Tensor | None) -> tuple[Tensor, ...]:
         """Ranges of this forward's visual positions, counted from its first.
@@ -54,7 +56,7 @@ class VisualCalls:
             return ()
         batch, queries = _size(self.batch, args), _size(self.queries, args)
         tokens = 0 if self.starts else tokens
-        if visual is None:
+        if visual is None and not self.shown:
             visual = given_rows(queries, tokens)
         if visual is not None and visual.shape != (batch, queries):
             log.warning("visual positions %s do not fit %d rows of %d tokens", tuple(visual.shape), batch, queries)
@@ -63,7 +65,8 @@ class VisualCalls:
 
     def sizes(self, args: Sequence[Any]) -> tuple[int, int] | None:
         """Batch size and length of this forward, where the graph is told which positions are visual."""
-        return (_size(self.batch, args), _size(self.queries, args)) if self.takes_new else None
+        told = self.takes_new and not self.shown
+        return (_size(self.batch, args), _size(self.queries, args)) if told else None
 
     def past(self, args: Sequence[Any], state: Partition | None) -> tuple[Tensor, ...]:
         """Ranges of the visual keys that are in the cache; ``state`` is what is known of it."""

@@ -72,8 +72,10 @@ class VisualInputs:
     starts: bool
     """Whether no cache was there before."""
     new: fx.Node | None = None
-    """Of this forward's positions, counted from its first; ``None`` where the graph itself shows them, or nobody asks.
+    """Of this forward's positions, counted from its first; ``None`` where the graph itself shows all, or nobody asks.
     """
+    shown: bool = False
+    """Whether the graph shows some itself: ``new`` then names those that an earlier graph of the forward showed."""
     past: fx.Node | None = None
     """Of the keys that were in the cache before."""
     flags: fx.Node | None = None
@@ -273,6 +275,12 @@ class PassContext:
     visual: VisualSource | None = None
     carried_visual: str | None = None
     """``carried`` or ``given`` when visual positions come with the graph's inputs."""
+    audio_ids: frozenset[int] = frozenset()
+    """Ids of tokens that stand for audio, where the model tells: what is spliced in there is not visual."""
+    audio_masks: frozenset[int] = frozenset()
+    """Input positions of masks that an earlier graph of the same forward made of them."""
+    returned_audio_masks: tuple[int, ...] = ()
+    """Positions of such masks among the model's outputs."""
     observe: bool = False
     """Whether prompts return their last attention rows: somebody calibrates."""
     observed: ObservedAttention | None = None

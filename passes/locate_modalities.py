@@ -1,7 +1,8 @@
 """Which sites see visual keys, and where the row-wise visual positions come from.
 
 Never guessed. Positions are *discovered* where the graph itself splices image features into the embeddings under a
-boolean mask (`masked_scatter`, indexed assignment, `where`), *carried* where an earlier graph of the same forward did,
+boolean mask (`masked_scatter`, indexed assignment, `where`), unless it is a mask of tokens that stand for audio,
+*carried* where an earlier graph of the same forward did,
 or *given* by the user or by the hook of `avl_fx.compile`. Otherwise they are unknown, and policies that need them do
 not apply.
 """
@@ -26,6 +27,7 @@ _FILLS = frozenset(
     {"zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_zeros", "new_full", "empty_like"}
     | {"empty", "new_empty", "new_ones"}
 )
+_UNIONS = frozenset({"bitwise_or", "logical_or"})
 _NEGATIONS = frozenset({"invert", "bitwise_not", "logical_not"})
 
 
@@ -35,7 +37,8 @@ def locate_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     Sets ``ctx.visual`` when the graph itself tells; its node is a boolean ``[batch, sequence]``.
     """
     result = PassResult("locate_modalities")
-    masks = _splice_masks(gm, ctx)
+    audio = _audio_masks(gm, ctx)
+    masks = _splice_masks(gm, ctx, audio)
     if masks:
         ctx.visual = VisualSource("discovered", _row_mask(gm, masks))
     elif ctx.carried_visual is not None:
@@ -47,10 +50,32 @@ def locate_modalities(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     return result
 
 
-def _splice_masks(gm: fx.GraphModule, ctx: PassContext) -> list[fx.Node]:
+def _audio_masks(gm: fx.GraphModule, ctx: PassContext) -> frozenset[fx.Node]:
+    """Masks of tokens that stand for audio; an earlier graph may have made them, and a later one may use them."""
+    if not ctx.audio_ids and not ctx.audio_masks:
+        return frozenset()
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    found = {node for position, node in enumerate(inputs) if position in ctx.audio_masks}
+    for node in gm.graph.nodes:
+        if op(node) in VIEW_OPS:
+            same = node.args[0] in found
+        elif op(node) in _UNIONS:
+            same = found.issuperset(_operands(node))
+        else:
+            same = op(node) == "eq" and _from_token_ids(node) and node.args[-1] in ctx.audio_ids
+        if same:
+            found.add(node)
+    returned = gm.graph.output_node().args[0]
+    assert isinstance(returned, tuple | list)
+    ctx.returned_audio_masks = tuple(i for i, n in enumerate(returned) if isinstance(n, fx.Node) and n in found)
+    return frozenset(found)
+
+
+def _splice_masks(gm: fx.GraphModule, ctx: PassContext, audio: frozenset[fx.Node]) -> list[fx.Node]:
     """The masks of all splices into the decoder's sequence; empty when several sequences are spliced into, or where one
     is written to later: what it says depends on when it is asked."""
-    masks = list(dict.fromkeys(_moved(m) for m in map(_splice_mask, gm.graph.nodes) if m is not None))
+    spliced = (m for m in map(_splice_mask, gm.graph.nodes) if m is not None and m not in audio)
+    masks = list(dict.fromkeys(map(_moved, spliced)))
     rows = {tuple(map(str, (shape(m) or ())[:2])) for m in masks}
     if len(rows) > 1:
         # A masked image model splices into its patches as well: only the decoder's own sequence counts.
@@ -108,7 +133,7 @@ def _from_token_ids(mask: Any, limit: int = 8) -> bool:
     # Nothing but shapes and unions: a negation would turn text into images.
     if name in VIEW_OPS:
         return _from_token_ids(mask.args[0], limit - 1)
-    return name in ("bitwise_or", "logical_or") and all(_from_token_ids(m, limit - 1) for m in _operands(mask))
+    return name in _UNIONS and all(_from_token_ids(m, limit - 1) for m in _operands(mask))
 
 
 def _operands(mask: Any) -> list[fx.Node]:

@@ -1,7 +1,8 @@
 """Visual positions inside a graph, for stages that treat them apart.
 
 A graph that splices image features in shows which of its positions are visual (`locate_modalities`). Where it does not,
-the runtime tells: an input names them as ranges. Another input names the visual keys that were in the cache before.
+or an earlier graph may have spliced in others (images first, then videos), the runtime tells: an input names them as
+ranges. Another input names the visual keys that were in the cache before.
 Ranges have a size of their own, so no graph depends on how many visual tokens there are.
 """
 
@@ -35,13 +36,18 @@ def new_flags(gm: fx.GraphModule, ctx: PassContext) -> tuple[fx.Node | None, tup
     shown = ctx.visual.node
     if shown is not None:
         sizes, wanted = shape(shown) or (), shape(first.args[0]) or ()
-        if len(sizes) == 2 and same_size(sizes[0], wanted[0]) and same_size(sizes[1], wanted[2]) and shown < first:
-            inputs.flags = shown
-        return inputs.flags, ()
+        fits = len(sizes) == 2 and same_size(sizes[0], wanted[0]) and same_size(sizes[1], wanted[2])
+        if not fits or not shown < first:
+            return None, ()
+        inputs.flags, inputs.shown = shown, _may_ride(gm, wanted[0], wanted[2])
+        if not inputs.shown:
+            return inputs.flags, ()
     if inputs.batch is None or inputs.queries is None:
         return None, ()
     inputs.new = add_input(gm.graph, "avl_visual", (_batch(first), MAX_SEGMENTS, 2), torch.int64, _query(first))
     inputs.flags = insert_traced(first, _flags, inputs.new, first.args[0])
+    if shown is not None:
+        inputs.flags = insert_call(first, torch.logical_or, shown, inputs.flags)
     return inputs.flags, (inputs.new.name,)
 
 
@@ -119,6 +125,12 @@ def _row_write(buffer: fx.Node) -> fx.Node | None:
         return None
     write = writes[0]
     return write if len(write.args) == 4 and write.args[1] in (2, -2) else None
+
+
+def _may_ride(gm: fx.GraphModule, batch: Any, queries: Any) -> bool:
+    """Whether an input looks like hidden states ``[batch, queries, hidden]``, on which visual positions ride."""
+    shapes = [shape(n) or () for n in gm.graph.nodes if n.op == "placeholder"]
+    return any(len(s) == 3 and same_size(s[0], batch) and same_size(s[1], queries) for s in shapes)
 
 
 def _flags(ranges: Tensor, like: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ def known(model, *args, **kwargs):
         ({"image_token_id": 90, "video_token_id": 91}, [90, 91]),
         ({"vision_config": SimpleNamespace(image_token_id=90)}, [90]),  # Phi-4 multimodal
         ({"image_token_id": 91, "vision_config": SimpleNamespace(image_token_id=90)}, [90, 91]),
+        ({"sub_configs": ("vlm_config",), "vlm_config": SimpleNamespace(image_token_id=90)}, [90]),  # ColPali, PI0
+        ({"image_token_id": 90, "audio_token_id": 91}, [90]),
     ],
 )
 def test_token_ids_that_the_configuration_names(config, visual):
@@ -67,8 +69,10 @@ def test_nothing_is_said_where_nothing_is_named(config):
 
 
 def test_types_of_tokens_go_before_ids():
-    types = torch.tensor([[0, 1, 2, 0], [0, 0, 0, 1]])
-    assert torch.equal(known(Model(image_token_id=90), IDS, mm_token_type_ids=types), types != 0)
+    """As transformers' processors number them: images are 1, videos 2, and audio, which is no image, 3."""
+    types = torch.tensor([[0, 1, 2, 3], [3, 0, 0, 1]])
+    visual = torch.tensor([[False, True, True, False], [False, False, False, True]])
+    assert torch.equal(known(Model(image_token_id=90), IDS, mm_token_type_ids=types), visual)
 
 
 def test_a_decode_step_says_nothing():

@@ -173,7 +173,7 @@ def test_assisted_decoding_is_dense_once_candidates_were_rejected(mode, plan):
     def run(oracle=None):
         cache = Watched(config=model.config.get_text_config())
         cache.oracle = oracle
-        return generate(zoo, model, mode, past_key_values=cache)
+        return generate(zoo, model, mode, steps=20, past_key_values=cache)
 
     dense = run()
     with oracle_of(model, visual, settings) as oracle:

@@ -36,6 +36,8 @@ SPLICED, REMOTE = "tests/avl_fx/test_spliced_rows.py", "tests/e2e/test_remote_co
 AUTOCAST, GRADIENTS = f"{P}find_attention_autocast.py", f"{P}find_attention_gradients.py"
 DESCRIBE = f"{P}describe.py"
 SPELLINGS, UNREPEAT, SHARE = f"{P}find_attention_properties.py", f"{P}unrepeat.py", f"{P}share_queries.py"
+SEVERAL = "tests/e2e/test_several_modalities.py -m 'not matrix'"
+HOOK, TOKEN_IDS = "tests/avl_fx/test_modality_hook.py", "tests/avl_fx/test_token_ids.py"
 LOCATE, LOWER, VERIFY, REWRITE, NODES = (
     f"{P}{n}.py" for n in ("locate_modalities", "lower", "verify", "rewrite", "nodes")
 )
@@ -377,7 +379,12 @@ MUTATIONS: list[Mutation] = [
             "earlier = insert_traced(node, _flags, insert_call(node, torch.zeros_like, past), root.args[0][0])",
             f"{MODES} -k 'second_turn and vla_scores'",
         ),
-        ("use positions before they are there", " and shown < first:", ":", f"{P}visual_inputs.py -k behind_the_first"),
+        (
+            "use positions before they are there",
+            " or not shown < first:",
+            ":",
+            f"{P}visual_inputs.py -k behind_the_first",
+        ),
         (
             "take ranges one too long",
             "torch.lt(torch.sub(positions, start), length)",
@@ -417,7 +424,65 @@ MUTATIONS: list[Mutation] = [
         ("keep writing keys that nothing reads", "    removable += buffers\n", "", SHARE),
     ),
     *_in(
+        "avl_fx/runtime.py",
+        (
+            "forget what an earlier graph spliced in",
+            "            visual = visual | earlier.to(visual.device)  # images in one graph, videos in the next\n",
+            "            pass\n",
+            SEVERAL,
+        ),
+        (
+            "count what several graphs of a forward splice in as several forwards",
+            "recorder.saw_visual(seen, earlier)",
+            "recorder.saw_visual(seen)",
+            SEVERAL,
+        ),
+    ),
+    *_in(
+        "passes/visual_inputs.py",
+        (
+            "lazy layers inherit at what their own graph splices in alone",
+            "        inputs.flags, inputs.shown = shown, _may_ride(gm, wanted[0], wanted[2])",
+            "        inputs.flags, inputs.shown = shown, False",
+            SEVERAL,
+        ),
+    ),
+    *_in(
+        "avl_fx/modality.py",
+        ("take audio for images, by their types", " & (ids != _AUDIO_TYPE)", "", HOOK),
+    ),
+    *_in(
+        "avl_fx/token_ids.py",
+        ("one placeholder for images and audio is audio", " - visual_token_ids(config)", "", TOKEN_IDS),
+        ("ask the configuration itself alone", "for part in _parts(config)))", "for part in ()))", TOKEN_IDS),
+        ("ask no part for images that nobody lists", ', "vision_config")', ")", HOOK),
+    ),
+    *_in(
         "passes/locate_modalities.py",
+        (
+            "take audio for images",
+            "if m is not None and m not in audio)",
+            "if m is not None)",
+            LOCATE,
+        ),
+        (
+            "take images for audio where one mask has both",
+            "same = found.issuperset(_operands(node))",
+            "same = not found.isdisjoint(_operands(node))",
+            LOCATE,
+        ),
+        (
+            "forget masks of audio that an earlier graph made",
+            "if position in ctx.audio_masks}",
+            "if False}",
+            LOCATE,
+        ),
+        (
+            "do not say which outputs are masks of audio",
+            "    ctx.returned_audio_masks = tuple(",
+            "    _ = tuple(",
+            LOCATE,
+        ),
         (
             "look through negations",
             "    if name in VIEW_OPS:",
@@ -436,8 +501,8 @@ MUTATIONS: list[Mutation] = [
         ("take zeroed tokens for images", "and op(b) not in _FILLS for b in branches", "for b in branches", LOCATE),
         (
             "take one mask for several where each layer moves it",
-            "dict.fromkeys(_moved(m) for m in map",
-            "dict.fromkeys(m for m in map",
+            "dict.fromkeys(map(_moved, spliced))",
+            "dict.fromkeys(spliced)",
             f"{P}visual_inputs.py -k one_mask",
         ),
         ("ask a mask before it is written to", " and not written", "", f"{LOCATE} -k guessed"),
@@ -1367,15 +1432,6 @@ MUTATIONS: list[Mutation] = [
             'return self.shared if kind == "shared" else self.own',
             "return self.shared",
             "tests/avl_fx/test_scores.py",
-        ),
-    ),
-    *_in(
-        "avl_fx/modality_hook.py",
-        (
-            "ask the vision part for no token",
-            "for part in said for name",
-            "for part in said[:1] for name",
-            "tests/avl_fx/test_modality_hook.py",
         ),
     ),
     *_in(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avl_fx.modality import audio_masks
 from avl_fx.passes.find_attention import find_attention
 from avl_fx.passes.locate_modalities import locate_modalities
 from avl_fx.passes.pipeline import STAGES
@@ -264,6 +265,58 @@ def test_splices_into_two_sequences_without_a_decoder_are_unknown() -> None:
         return masked_scatter(F.embedding(ids, TABLE), ids, pictures, frames), patches
 
     assert check(function, *arguments()).ctx.visual is None
+
+
+# ---- audio: spliced in as images are, and text to a plan ------------------------------------------------------------
+
+
+def with_audio(ctx: Any) -> None:
+    ctx.audio_ids = frozenset({VIDEO, 40})
+
+
+def in_views(embeds, ids, pictures, frames):
+    mask = ids.eq(VIDEO).unsqueeze(-1)
+    embeds = embeds.masked_scatter(mask.expand_as(embeds).to(embeds.device), frames)
+    return masked_scatter(embeds, ids, pictures, frames)
+
+
+def of_two_tokens(embeds, ids, pictures, frames):
+    either = ((ids == VIDEO) | (ids == 40))[..., None]
+    return masked_scatter(embeds, ids, pictures, frames).masked_scatter(either, frames)
+
+
+@pytest.mark.parametrize("splice", [image_then_video, in_views, of_two_tokens], ids=lambda s: s.__name__)
+def test_audio_is_not_visual(splice: Callable[..., Tensor]) -> None:
+    rewritten = check(Decoder(splice), *arguments(), edit=with_audio)
+    assert torch.equal(rewritten.outputs[0]._avl_visual_positions, VISUAL)
+
+
+def test_one_mask_of_images_and_audio_is_visual() -> None:
+    """Nothing tells them apart, and features of images are among them."""
+    rewritten = check(Decoder(image_or_video), *arguments(), edit=with_audio)
+    assert torch.equal(rewritten.outputs[0]._avl_visual_positions, VISUAL | FILM)
+
+
+def test_masks_of_audio_are_known_to_the_next_graph() -> None:
+    def masks(ids: Tensor) -> Any:
+        return ids == IMAGE, (ids == VIDEO)[..., None], ids + 1
+
+    def scatter(embeds: Tensor, picture: Tensor, pictures: Tensor, sound: Tensor, frames: Tensor) -> Any:
+        embeds = embeds.masked_scatter(picture[..., None], pictures)
+        return embeds.masked_scatter(sound, frames), sound.squeeze(-1)
+
+    first = check(masks, IDS.clone(), edit=with_audio)
+    assert first.ctx.returned_audio_masks == (1,)
+    picture, sound, _ = first.outputs
+    assert audio_masks([IDS, sound, picture]) == {1}
+
+    def edit(ctx: Any) -> None:
+        ctx.audio_masks = audio_masks(inputs)
+
+    inputs = F.embedding(IDS, TABLE), picture, PICTURES.clone(), sound, FRAMES.clone()  # as the graph takes them
+    second = rewrite(scatter, *inputs, edit=edit)
+    assert torch.equal(second.outputs[0]._avl_visual_positions, VISUAL)
+    assert audio_masks(second.outputs) == {1}, "and to the one behind it"
 
 
 # ---- positions from elsewhere ---------------------------------------------------------------------------------------

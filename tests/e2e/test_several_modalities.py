@@ -1,0 +1,150 @@
+"""Prompts with images, videos and audio: all that is spliced in is visual but audio, whichever graph does it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from avl_fx import Plan
+from tests.e2e._covering import rest_in_matrix
+from tests.e2e._doors import FLOAT32_TOLERANCE, largest, through
+from tests.e2e.test_avl import PRESETS, as_oracle, blocks_of
+from tests.oracle import avl_oracle, lazy_oracle
+from tests.passes._decoder import WIDTH, Decoder, specs
+from tests.zoo import ZOO
+from tests.zoo._base import IMAGE, VIDEO
+from tests.zoo._run import prefill_and_decode
+
+# ---- a model that splices three modalities in, in as many graphs as it is told to ------------------------------------
+
+AUDIO = 249
+IDS = torch.tensor([[1, IMAGE, IMAGE, 4, AUDIO, VIDEO, 6, AUDIO], [7, AUDIO, IMAGE, 9, VIDEO, VIDEO, 8, 8]])
+VISUAL = (IDS == IMAGE) | (IDS == VIDEO)
+TABLE = torch.randn(256, WIDTH, generator=torch.Generator().manual_seed(0))
+FEATURES = torch.randn(3, 3, WIDTH, generator=torch.Generator().manual_seed(1))
+"""Of sounds, pictures and frames: three positions each."""
+CAUSAL = torch.ones(8, 8, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+
+
+class Spliced(Decoder):
+    """Three layers behind three splices. ``apart``: what is a graph of its own."""
+
+    def __init__(self, apart: str) -> None:
+        super().__init__(specs(3))
+        self.apart = apart
+        self.config = SimpleNamespace(image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=AUDIO)
+
+    def forward(self, ids: Tensor) -> list[Tensor]:
+        x = F.embedding(ids, TABLE)
+        sounds, pictures, frames = (ids == token for token in (AUDIO, IMAGE, VIDEO))
+        if "masks" in self.apart:
+            torch._dynamo.graph_break()
+        sounds, pictures, frames = sounds.unsqueeze(-1), pictures.unsqueeze(-1), frames.unsqueeze(-1)
+        if "views" in self.apart:
+            torch._dynamo.graph_break()
+        x = x.masked_scatter(sounds.expand_as(x), FEATURES[0])
+        if "sounds" in self.apart:
+            torch._dynamo.graph_break()
+        x = x.masked_scatter(pictures.expand_as(x), FEATURES[1])
+        if "pictures" in self.apart:
+            torch._dynamo.graph_break()
+        x = x.masked_scatter(frames.expand_as(x), FEATURES[2])
+        if "frames" in self.apart:
+            torch._dynamo.graph_break()
+        out = []
+        for layer in self.each():
+            x, pair = layer(x, CAUSAL, ("first",), None)
+            out += pair
+        return [x, *out]
+
+
+PLANS = {"vla": Plan.lazy([(0, 2)], "vla"), "vla_scores": Plan.lazy([(0, 2)], "vla_scores")}
+
+
+@pytest.mark.parametrize("apart", ["", "sounds", "pictures", "sounds pictures frames", "masks", "masks views pictures"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_audio_is_text_and_what_several_graphs_splice_in_is_put_together(plan, apart):
+    torch._dynamo.reset()
+    model = Spliced(apart).eval()
+    with torch.no_grad():
+        dense = model(IDS)
+        with through("torch.compile", model, compiler="eager", plan=PLANS[plan]) as recorder:
+            got = model(IDS)
+    assert len(recorder.graphs) == 1 + len(apart.split())
+    assert len(recorder.visual) == 1, "one forward"
+    assert torch.equal(recorder.visual[0], VISUAL)
+    assert largest(got, dense) > 0.1
+    assert largest(got, inheriting(model, plan)) <= FLOAT32_TOLERANCE
+
+
+@torch.no_grad()
+def inheriting(model, mode):
+    """What its last two layers compute when they inherit from the first at `VISUAL`, written out by hand."""
+    x, out, anchor = F.embedding(IDS, TABLE), [], None
+    for token, features in zip((AUDIO, IMAGE, VIDEO), FEATURES, strict=True):
+        x = x.masked_scatter((token == IDS)[..., None], features)
+    for layer in model.each():
+        attention, normed = layer.attention, layer.norm(x)
+        query, key, value = attention.project(normed, normed)
+        anchor = anchor or (query, key)
+        if mode == "vla":
+            pairs = zip(anchor, (query, key), strict=True)
+            query, key = (torch.where(VISUAL[:, None, :, None], *pair) for pair in pairs)
+        out += [key, value]
+        own, theirs = (q @ k.repeat_interleave(2, 1).mT for q, k in ((query, key), anchor))
+        logits = torch.where(VISUAL[:, None, None], theirs, own) if mode == "vla_scores" else own
+        weights = (logits * attention.scaling).masked_fill(~CAUSAL, -torch.inf).softmax(-1)
+        x = x + attention.o_proj((weights @ value.repeat_interleave(2, 1)).transpose(1, 2).flatten(2))
+    return [x, *out]
+
+
+# ---- an image and a video in one prompt ------------------------------------------------------------------------------
+
+CASES = [
+    ("qwen2_5_vl", "torch.compile", "avl"),
+    ("qwen2_5_vl", "torch.compile", "vla_scores"),
+    ("qwen2_5_vl", "avl_fx.compile", "avl"),
+    ("qwen2_vl", "torch.compile", "vla"),
+    ("qwen2_vl", "avl_fx.compile", "vla_scores"),
+    ("qwen3_vl", "avl_fx.compile", "avl"),
+    ("qwen3_vl", "avl_fx.compile", "vla"),
+]
+
+
+def with_a_video(zoo, model):
+    """A prompt of two images, whose second one is called a video."""
+    inputs = dict(zoo.inputs(model, batch=1))
+    grids = inputs.pop("image_grid_thw")
+    patches = inputs.pop("pixel_values").split(grids.prod(-1).tolist())
+    ids, types = inputs["input_ids"].clone(), inputs["mm_token_type_ids"].clone()
+    film = (ids == IMAGE) & ((ids == IMAGE).cumsum(1) > len(patches[0]) // 4)
+    ids[film], types[film] = VIDEO, 2
+    inputs |= {"pixel_values": patches[0], "image_grid_thw": grids[:1]}
+    inputs |= {"pixel_values_videos": patches[1], "video_grid_thw": grids[1:]}
+    return {**inputs, "input_ids": ids, "mm_token_type_ids": types}
+
+
+@pytest.mark.parametrize(("name", "door", "kind"), rest_in_matrix(CASES, CASES[:1], apart=True))
+def test_an_image_and_a_video_in_one_prompt(name, door, kind):
+    zoo, settings = ZOO[name], PRESETS["paper"]
+    model = zoo.make()
+    inputs = with_a_video(zoo, model)
+    visual = (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
+    assert visual.sum() == 22, "6 and 16"
+    dense = prefill_and_decode(model, inputs, "dynamic", steps=6)
+    where = zoo.decoder_prefix, zoo.attention_kinds
+    if kind == "avl":
+        plan = Plan.avl(**settings, text=None)
+        oracle = avl_oracle(model, visual, decoder_prefix=where[0], kinds=where[1], **as_oracle(settings))
+    else:
+        plan = Plan.lazy(blocks_of(zoo), kind)
+        oracle = lazy_oracle(model, blocks_of(zoo), *where, kind, visual)
+    with oracle:
+        expected = prefill_and_decode(model, inputs, "dynamic", steps=6, tokens=dense.tokens)
+    with through(door, model, compiler="eager", plan=plan) as recorder:
+        got = prefill_and_decode(model, inputs, "dynamic", steps=6, tokens=dense.tokens)
+    assert torch.equal(recorder.visual[0], visual)
+    assert largest(got, expected) <= FLOAT32_TOLERANCE
+    assert largest(got, dense) > 10 * FLOAT32_TOLERANCE
