@@ -455,7 +455,7 @@ MUTATIONS: list[Mutation] = [
         "avl_fx/token_ids.py",
         ("one placeholder for images and audio is audio", " - visual_token_ids(config)", "", TOKEN_IDS),
         ("ask the configuration itself alone", "for part in _parts(config)))", "for part in ()))", TOKEN_IDS),
-        ("ask no part for images that nobody lists", ', "vision_config")', ")", HOOK),
+        ("ask no part for images that nobody lists", ', "vision_config")', ",)", HOOK),
     ),
     *_in(
         "passes/locate_modalities.py",
