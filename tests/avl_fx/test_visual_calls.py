@@ -61,7 +61,14 @@ def test_too_many_spans_are_not_cut_short():
 
 
 def calls(**settings):
-    values = {"batch": (0, 0), "queries": (0, 1), "takes_new": True, "takes_past": False, "starts": True}
+    values = {
+        "batch": (0, 0),
+        "queries": (0, 1),
+        "takes_new": True,
+        "takes_past": False,
+        "starts": True,
+        "shown": False,
+    }
     return VisualCalls(**{**values, **settings}, device=torch.device("cpu"))
 
 
@@ -83,6 +90,16 @@ def test_what_the_user_gave():
     with avl_fx.modality_ids(VISUAL.long()):
         assert torch.equal(named(calls(), torch.zeros(2, 6, 4)), VISUAL)
         assert torch.equal(given_rows(6, 0), VISUAL)
+
+
+def test_a_graph_that_shows_its_own_is_told_what_an_earlier_one_showed_alone():
+    served, hidden = calls(shown=True), torch.zeros(2, 6, 4)
+    with avl_fx.modality_ids(VISUAL.long()):
+        assert not named(served, hidden).any()
+        attach([hidden], VISUAL.flip(1))
+        assert torch.equal(named(served, hidden), VISUAL.flip(1))
+    assert served.sizes([hidden]) is None
+    assert calls().sizes([hidden]) == (2, 6)
 
 
 @pytest.mark.parametrize("pieces", [(6,), (2, 4), (3, 1, 2), (4, 4)])

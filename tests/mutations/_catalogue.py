@@ -448,6 +448,21 @@ MUTATIONS: list[Mutation] = [
         ),
     ),
     *_in(
+        "avl_fx/visual_calls.py",
+        (
+            "mix what the user gave with what a graph shows",
+            "if visual is None and not self.shown:",
+            "if visual is None:",
+            "tests/avl_fx/test_visual_calls.py",
+        ),
+        (
+            "a graph that shows its own positions is told them",
+            "told = self.takes_new and not self.shown",
+            "told = self.takes_new",
+            "tests/avl_fx/test_visual_calls.py",
+        ),
+    ),
+    *_in(
         "avl_fx/modality.py",
         ("take audio for images, by their types", " & (ids != _AUDIO_TYPE)", "", HOOK),
     ),
