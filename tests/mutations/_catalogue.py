@@ -1422,6 +1422,15 @@ MUTATIONS: list[Mutation] = [
         ("add where decode steps are", " or ctx.partition.decode", "", ADDS),
     ),
     *_in(
+        "passes/partition_modalities.py",
+        (
+            "score layers of several groups over one of them",
+            "if process_group(site) != process_group(first):",
+            "if False:",
+            SHARDED,
+        ),
+    ),
+    *_in(
         "passes/sharded_heads.py",
         ("take the sum of experts for that of heads", "(projections == 0 and name not in VIEW_OPS)", "False", SHARDED),
         ("look past no projection", "2 if site.latent else 1", "0", SHARDED),

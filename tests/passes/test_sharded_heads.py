@@ -3,13 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from avl_fx.passes.find_attention import find_attention
 from avl_fx.passes.sharded_heads import process_group
-from avl_fx.passes.site import Site
-from tests.passes._graphs import rewrite
+from avl_fx.passes.site import Reason, Site
+from avl_fx.plan import Plan
+from tests.passes._decoder import WIDTH, Decoder, caches, hidden_states, specs
+from tests.passes._graphs import check, rewrite
 
 distributed = torch.distributed
 
@@ -87,3 +90,30 @@ def test_a_distributed_tensor_that_is_to_be_summed():
     weight = DTensor.from_local(WEIGHT, mesh, [Shard(1)], run_check=False)
     site = site_of(lambda q, k, v: of_dtensor(attended(q, k, v), weight, mesh))
     assert process_group(site) == mesh.get_group().group_name
+
+
+class Summed(nn.Linear):
+    """A projection whose result is summed over the processes."""
+
+    def forward(self, tensor):
+        return functional(super().forward(tensor))
+
+
+@torch.no_grad()
+def test_a_layer_whose_heads_other_processes_share_stays_dense():
+    """Scores of several layers are summed at once, over one group."""
+    layers = specs(3)
+    model = Decoder(layers).eval()
+    attention = model.layers[1].attention
+    projection, attention.o_proj = attention.o_proj, Summed(WIDTH, WIDTH, bias=False)
+    attention.o_proj.load_state_dict(projection.state_dict())
+
+    def edit(ctx):
+        ctx.carried_visual = "given"
+
+    causal = torch.ones(8, 8, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    rewritten = check(
+        model, hidden_states(8), [causal], caches("first", layers), plan=Plan.avl(0.3, 0.5, text=None), edit=edit
+    )
+    assert rewritten.reasons == [None, Reason.OTHER_PROCESSES, None]
+    assert [site.action for site in rewritten.sites] == ["dense, then partitioned", "dense", "dense, then partitioned"]
