@@ -132,6 +132,12 @@ def _number(pattern: str, text: str) -> int | None:
 # ---- what is compiled ------------------------------------------------------------------------------------------------
 
 
+def _ranges() -> Tensor:
+    from avl_fx.kernels.partitioned_decode.schema import MAX_SEGMENTS
+
+    return torch.zeros(2, MAX_SEGMENTS, 2, dtype=torch.int64)
+
+
 def _decode(
     dtype: torch.dtype, heads: int, kv_heads: int, mask: str, append: bool, head_dim: int = 128, splits: int = 2
 ) -> None:
@@ -140,7 +146,7 @@ def _decode(
     key, value = (torch.zeros(2, kv_heads, 80, head_dim, dtype=dtype)[:, :, :64] for _ in range(2))
     new = torch.zeros(2, kv_heads, 1, head_dim, dtype=dtype) if append else None
     masks = {"none": None, "bool": torch.zeros(2, 1, 1, 64 + append) > 0, "additive": torch.zeros(2, 1, 1, 64 + append)}
-    segments, weigh = torch.zeros(2, 4, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    segments, weigh = _ranges(), torch.zeros(1, dtype=torch.int32)
     query = torch.zeros(2, heads, 1, head_dim, dtype=dtype)
     # How many there would be is a matter of the device; one alone and several compile to different kernels.
     with mock.patch.object(module, "split_count", return_value=splits):
@@ -151,7 +157,7 @@ def _anchor(dtype: torch.dtype, heads: int, kv_heads: int, mask: bool) -> None:
     from avl_fx.kernels.partitioned_decode.triton import partitioned_decode_triton
 
     key, value = (torch.zeros(2, kv_heads, 80, 128, dtype=dtype)[:, :, :64] for _ in range(2))
-    new, segments = torch.zeros(2, kv_heads, 1, 128, dtype=dtype), torch.zeros(2, 4, 2, dtype=torch.int64)
+    new, segments = torch.zeros(2, kv_heads, 1, 128, dtype=dtype), _ranges()
     query, kept = torch.zeros(2, heads, 1, 128, dtype=dtype), torch.zeros(2, heads, 65)
     masked = torch.zeros(2, 1, 1, 65) > 0 if mask else None
     partitioned_decode_triton(query, key, value, new, new, masked, segments, None, 0.1, kept=kept)
@@ -163,7 +169,7 @@ def _inherited(
     from avl_fx.kernels.inherited_decode.triton import inherited_decode_triton
 
     key, value = (torch.zeros(2, kv_heads, 80, head_dim, dtype=dtype)[:, :, :64] for _ in range(2))
-    new, ranges = torch.zeros(2, kv_heads, 1, head_dim, dtype=dtype), torch.zeros(2, 4, 2, dtype=torch.int64)
+    new, ranges = torch.zeros(2, kv_heads, 1, head_dim, dtype=dtype), _ranges()
     query, logits = torch.zeros(2, heads, 1, head_dim, dtype=dtype), torch.zeros(2, heads, 65)
     if anchor:
         short, theirs = key[:, :, :32], torch.zeros_like(value)
@@ -183,7 +189,7 @@ def _latents(
 
     latents, rotated = (torch.zeros(2, 1, 80, dim, dtype=dtype)[:, :, :64] for dim in (rank, rope))
     new_latents, new_rotated = (torch.zeros(2, 1, 1, dim, dtype=dtype) if append else None for dim in (rank, rope))
-    segments, weigh = torch.zeros(2, 4, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    segments, weigh = _ranges(), torch.zeros(1, dtype=torch.int32)
     query, masked = torch.zeros(2, heads, 1, rank + rope, dtype=dtype), torch.zeros(2, 1, 1, 64 + append) > 0
     several = mock.Mock(return_value=splits)
     with mock.patch.object(module, "split_count", several), mock.patch.object(weighing, "split_count", several):

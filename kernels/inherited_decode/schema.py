@@ -49,7 +49,7 @@ def inherited_decode(
         mask: broadcastable to ``[batch, heads, 1, K']``; boolean (True = visible) or additive. Hides keys, inherited
             ones too; what it adds, it adds to the layer's own logits only.
         segments: int64 ``[batch, S, 2]``, the key ranges that a batch row reads, as of `avl::partitioned_decode`.
-        inherited: int64 ``[batch, T, 2]`` with T <= 64: ranges of the keys whose logits are inherited, as (start >= 0,
+        inherited: int64 ``[batch, T, 2]`` with T <= 256: ranges of the keys whose logits are inherited, as (start >= 0,
             length), without overlap, in any order, clipped to K'; length 0 marks an unused entry.
         scale: factor on the layer's own logits.
         anchor_key: ``[batch, kv_heads, theirs, head_dim]`` with ``theirs <= K'``, strided in any way with a contiguous

@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t MAX_SEGMENTS = 64;  // as in schema.py
+constexpr int64_t MAX_SEGMENTS = 256;  // as in schema.py
 
 // Null where there is none. Without a key, or a query, no product is wanted.
 struct Given {

@@ -13,7 +13,7 @@ from avl_fx.kernels.partitioned_decode.capacity import check_spare_row
 
 __all__ = ["MAX_SEGMENTS", "check", "check_ranges", "check_reading", "check_rows", "decode_error", "partitioned_decode"]
 
-MAX_SEGMENTS = 64
+MAX_SEGMENTS = 256
 """Key ranges a batch row may have."""
 
 NAME = "avl::partitioned_decode"
@@ -44,7 +44,7 @@ def partitioned_decode(
         new_value: ``[batch, kv_heads, 1, value_dim]``; given exactly when ``new_key`` is.
         mask: broadcastable to ``[batch, heads, 1, K']``; boolean (True = visible) or additive in any floating dtype;
             hides keys beyond those that ``segments`` leaves out.
-        segments: int64 ``[batch, S, 2]`` with S <= 64: the key ranges that a batch row reads, as (start >= 0,
+        segments: int64 ``[batch, S, 2]`` with S <= 256: the key ranges that a batch row reads, as (start >= 0,
             length). They do not overlap, stand in any order, and are clipped to K'; length 0 marks an unused entry.
             ``(0, large)`` alone is dense attention, and so is ``None``.
         weigh: int32 ``[1]`` on the device of the query: non-zero asks for the weights. ``None``: they are never wanted,

@@ -14,7 +14,8 @@ from tests.e2e.test_avl import PRESETS, as_oracle, blocks_of
 from tests.oracle import avl_oracle, lazy_oracle
 from tests.passes._decoder import WIDTH, Decoder, specs
 from tests.zoo import ZOO
-from tests.zoo._base import IMAGE, VIDEO
+from tests.zoo._base import BOS, FIRST_TEXT, IMAGE, LAST_TEXT, VIDEO, VISION_END, VISION_START
+from tests.zoo._qwen import PATCH, TEMPORAL
 from tests.zoo._run import prefill_and_decode
 
 # ---- a model that splices three modalities in, in as many graphs as it is told to ------------------------------------
@@ -128,13 +129,45 @@ def with_a_video(zoo, model):
 
 @pytest.mark.parametrize(("name", "door", "kind"), rest_in_matrix(CASES, CASES[:1], apart=True))
 def test_an_image_and_a_video_in_one_prompt(name, door, kind):
-    zoo, settings = ZOO[name], PRESETS["paper"]
+    model = ZOO[name].make()
+    inputs = with_a_video(ZOO[name], model)
+    equals_the_oracle(ZOO[name], model, inputs, door, kind)
+
+
+# ---- images in many pieces -------------------------------------------------------------------------------------------
+
+
+def in_pieces(pieces=90):
+    """A prompt of so many small images with text between them, as a video whose frames have their times before them."""
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randint(FIRST_TEXT, LAST_TEXT, (pieces, 3), generator=generator)
+    frames = [[*words[:2], VISION_START, *[IMAGE] * 4, VISION_END, words[2]] for words in text.tolist()]
+    ids = torch.tensor([sum(frames, [BOS])])
+    pixels = torch.randn(pieces * 16, 3 * TEMPORAL * PATCH**2, generator=generator)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE).int(),
+        "pixel_values": pixels,
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * pieces),
+    }
+
+
+@pytest.mark.parametrize("kind", ["avl", pytest.param("vla_scores", marks=pytest.mark.matrix)])
+def test_images_in_many_pieces(kind):
+    zoo = ZOO["qwen2_5_vl"]
     model = zoo.make()
-    inputs = with_a_video(zoo, model)
+    equals_the_oracle(zoo, model, in_pieces(), "avl_fx.compile", kind)
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def equals_the_oracle(zoo, model, inputs, door, kind, steps=6):
+    """All images and videos of a prompt are visual: a plan's answer is the oracle's, and not the dense one."""
+    settings, where = PRESETS["paper"], (zoo.decoder_prefix, zoo.attention_kinds)
     visual = (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
-    assert visual.sum() == 22, "6 and 16"
-    dense = prefill_and_decode(model, inputs, "dynamic", steps=6)
-    where = zoo.decoder_prefix, zoo.attention_kinds
+    dense = prefill_and_decode(model, inputs, "dynamic", steps=steps)
     if kind == "avl":
         plan = Plan.avl(**settings, text=None)
         oracle = avl_oracle(model, visual, decoder_prefix=where[0], kinds=where[1], **as_oracle(settings))
@@ -142,9 +175,9 @@ def test_an_image_and_a_video_in_one_prompt(name, door, kind):
         plan = Plan.lazy(blocks_of(zoo), kind)
         oracle = lazy_oracle(model, blocks_of(zoo), *where, kind, visual)
     with oracle:
-        expected = prefill_and_decode(model, inputs, "dynamic", steps=6, tokens=dense.tokens)
+        expected = prefill_and_decode(model, inputs, "dynamic", steps=steps, tokens=dense.tokens)
     with through(door, model, compiler="eager", plan=plan) as recorder:
-        got = prefill_and_decode(model, inputs, "dynamic", steps=6, tokens=dense.tokens)
+        got = prefill_and_decode(model, inputs, "dynamic", steps=steps, tokens=dense.tokens)
     assert torch.equal(recorder.visual[0], visual)
     assert largest(got, expected) <= FLOAT32_TOLERANCE
     assert largest(got, dense) > 10 * FLOAT32_TOLERANCE
