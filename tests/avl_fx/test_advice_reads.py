@@ -79,12 +79,12 @@ def test_a_mask_that_hides_visual_keys():
 
 
 def test_visual_tokens_in_too_many_pieces():
-    pieces = spans("#." * 100)
+    pieces = spans("#." * 4 * MOST_RANGES)
     line = advice(PLAN, pieces)
     assert f"more than {MOST_RANGES} ranges of keys" in line
     assert "text=None" not in line
     # A text window cuts ranges once more, and needs room for them.
-    fewer = spans("#." * 60)
+    fewer = spans("#." * (MOST_RANGES - 3))
     assert "or a plan with text=None" in advice(Plan.avl(text=0.5), fewer)
     assert "ranges" not in advice(PLAN, fewer)
 

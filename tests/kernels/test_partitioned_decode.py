@@ -606,7 +606,7 @@ WRONG = {
     "two new rows": ({"new_key": torch.zeros(2, 2, 2, 16)}, "new_key: .* is no row of"),
     "segments of int32": ({"segments": torch.zeros(2, 1, 2, dtype=torch.int32)}, "segments: .*int32 instead of int64"),
     "segments of one row": ({"segments": torch.zeros(1, 1, 2, dtype=torch.int64)}, "segments: .* instead of int64"),
-    "too many segments": ({"segments": torch.zeros(2, 65, 2, dtype=torch.int64)}, "at most 64"),
+    "too many segments": ({"segments": torch.zeros(2, 257, 2, dtype=torch.int64)}, "at most 256"),
     "a boolean weigh": ({"weigh": torch.ones(1, dtype=torch.bool)}, "weigh: .* instead of int32"),
     "no capacity": ({"key": torch.zeros(2, 2, 40, 16)}, "no spare row"),
     "a mask of another length": ({"mask": torch.ones(2, 1, 1, 40, dtype=torch.bool)}, "41"),
