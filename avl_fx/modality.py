@@ -23,6 +23,7 @@ __all__ = [
     "attach",
     "audio_masks",
     "carried",
+    "detach",
     "given",
     "given_keys",
     "given_rows",
@@ -154,6 +155,11 @@ def attach(outputs: Iterable[Any], visual: Tensor) -> None:
     for tensor in outputs:
         if may_carry(tensor) and tensor.shape[:2] == visual.shape:
             setattr(tensor, _ATTRIBUTE, visual)
+
+
+def detach(tensor: Tensor) -> None:
+    """Let no visual positions ride on ``tensor``."""
+    vars(tensor).pop(_ATTRIBUTE, None)
 
 
 def may_carry(tensor: Any) -> bool:

@@ -34,7 +34,7 @@ from avl_fx.stored_rows import StoredRows
 from avl_fx.text_window import TextWindow
 from avl_fx.zones import spread_order, spread_out, zones
 
-__all__ = ["Partition", "everything", "find_partition", "ranges_of", "state_of"]
+__all__ = ["Partition", "detach", "everything", "find_partition", "ranges_of", "state_of"]
 
 log = logging.getLogger("avl_fx")
 
@@ -484,6 +484,11 @@ class Partition:
             if version not in riding:
                 riding[version] = _Attached(self, self.generation, version)
             setattr(tensor, _ATTRIBUTE, riding[version])
+
+
+def detach(tensor: Tensor) -> None:
+    """Let no state ride on ``tensor``."""
+    vars(tensor).pop(_ATTRIBUTE, None)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from avl_fx.errors import CacheStateError
 from avl_fx.partition import Partition
 
-__all__ = ["as_entered", "remember", "sources"]
+__all__ = ["as_entered", "detach", "remember", "sources"]
 
 _ATTRIBUTE = "_avl_row_order"
 """On untyped storages: all views of a tensor have one storage, also those made under inference mode. And on the tensors
@@ -56,6 +56,14 @@ def remember(tensor: Tensor, partition: Partition, layer: int) -> None:
     )
     setattr(tensor.untyped_storage(), _ATTRIBUTE, memory)
     setattr(tensor, _ATTRIBUTE, memory)
+
+
+def detach(tensor: Tensor) -> None:
+    """Forget what `remember` noted about ``tensor``: its rows are others by now."""
+    storage = tensor.untyped_storage()
+    for place in (tensor, storage):
+        if hasattr(place, _ATTRIBUTE):
+            delattr(place, _ATTRIBUTE)
 
 
 def sources(partition: Partition, layer: int, keys: int) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from avl_fx import modality, partition, row_order
 from avl_fx.compact_calls import CompactCalls
 from avl_fx.dropped_keys import Nans, check_stored, mark_buffer, marker
 from avl_fx.growing import GrowingCache
@@ -64,6 +65,8 @@ class CompiledGraph:
     """Input positions of the keys and values of dynamic caches."""
     hidden: Sequence[int] = ()
     """Input positions of what looks like hidden states: visual positions may ride there."""
+    returns_the_same: bool = False
+    """Whether it may return the tensors of an earlier call (CUDA graphs)."""
     audio_masks: Sequence[int] = ()
     """Output positions of masks of audio."""
     observed: ObservedGraph | None = None
@@ -100,6 +103,7 @@ class CompiledGraph:
             visual=None if ctx.visual_inputs is None else VisualCalls.of(ctx.visual_inputs),
             past=past,
             hidden=hidden,
+            returns_the_same=not ctx.spare_rows,
             audio_masks=ctx.returned_audio_masks,
             observed=None if ctx.observed is None else ObservedGraph.of(ctx.observed, record),
             decodes=bool(decoder_sites(ctx)),
@@ -123,9 +127,13 @@ class CompiledGraph:
         inputs = args if self.growing is None else self.growing.before(args)
         new, past = self._visual_ranges(args, state)
         outputs = list(self.compiled(*inputs, *columns, *new, *ranges, *past, *self._may_drop(args)))
+        if self.returns_the_same:
+            _let_nothing_ride(outputs, inputs)
         rows = _taken_off(outputs, 0 if self.observed is None else self.observed.returned)
         returned = _taken_off(outputs, 0 if self.partition is None else self.partition.returned)
         visual = outputs.pop() if self.returns_visual else None
+        if visual is not None and self.returns_the_same:
+            visual = visual.clone()  # it rides on, and the next call writes over it
         for position in self.emptied:
             outputs.insert(position, None)
         if self.growing is not None:
@@ -187,8 +195,7 @@ class CompiledGraph:
     def _pass_on(self, args: Sequence[Any], outputs: list[Any], visual: Tensor | None) -> Tensor | None:
         """Let visual positions ride on; returns those of this forward where they are known."""
         recorder = active_recorder()
-        asked = visual is not None or self.record.visual != "none" or recorder is not None
-        earlier = self._carried(args) if asked else None
+        earlier = self._carried(args)
         if visual is None:
             visual = earlier
         elif earlier is not None and earlier.shape == visual.shape:
@@ -206,6 +213,16 @@ class CompiledGraph:
 def _taken_off(outputs: list[Any], count: int) -> list[Any]:
     """The last ``count`` outputs, which are taken off the others."""
     return [outputs.pop() for _ in range(count)][::-1]
+
+
+def _let_nothing_ride(outputs: Sequence[Any], inputs: Sequence[Any]) -> None:
+    """What rode on ``outputs`` in an earlier call is no news of this one."""
+    given_in = {id(tensor) for tensor in inputs}
+    for tensor in outputs:
+        if isinstance(tensor, Tensor) and vars(tensor) and id(tensor) not in given_in:
+            modality.detach(tensor)
+            partition.detach(tensor)
+            row_order.detach(tensor)
 
 
 def _step(graph: int, state: Partition | None) -> DecodeStep:

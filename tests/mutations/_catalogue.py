@@ -36,6 +36,7 @@ SPLICED, REMOTE = "tests/avl_fx/test_spliced_rows.py", "tests/e2e/test_remote_co
 AUTOCAST, GRADIENTS = f"{P}find_attention_autocast.py", f"{P}find_attention_gradients.py"
 DESCRIBE = f"{P}describe.py"
 SPELLINGS, UNREPEAT, SHARE = f"{P}find_attention_properties.py", f"{P}unrepeat.py", f"{P}share_queries.py"
+REUSED = "tests/e2e/test_reused_outputs.py"
 SEVERAL = "tests/e2e/test_several_modalities.py -m 'not matrix'"
 HOOK, TOKEN_IDS = "tests/avl_fx/test_modality_hook.py", "tests/avl_fx/test_token_ids.py"
 LOCATE, LOWER, VERIFY, REWRITE, NODES = (
@@ -430,6 +431,30 @@ MUTATIONS: list[Mutation] = [
             "            visual = visual | earlier.to(visual.device)  # images in one graph, videos in the next\n",
             "            pass\n",
             SEVERAL,
+        ),
+        (
+            "let what rode on a tensor ride on at the next call of a CUDA graph",
+            "        if self.returns_the_same:\n            _let_nothing_ride",
+            "        if False:\n            _let_nothing_ride",
+            REUSED,
+        ),
+        (
+            "let visual positions ride on at the next call of a CUDA graph",
+            "            modality.detach(tensor)\n",
+            "",
+            REUSED,
+        ),
+        (
+            "let the state of a cache ride on at the next call of a CUDA graph",
+            "            partition.detach(tensor)\n",
+            "",
+            REUSED,
+        ),
+        (
+            "let positions ride on that the next call of a CUDA graph writes over",
+            "visual = visual.clone()",
+            "pass",
+            REUSED,
         ),
         (
             "count what several graphs of a forward splice in as several forwards",
