@@ -1,10 +1,9 @@
 """Which sites see visual keys, and where the row-wise visual positions come from.
 
 Never guessed. Positions are *discovered* where the graph itself splices image features into the embeddings under a
-boolean mask (`masked_scatter`, indexed assignment, `where`), unless it is a mask of tokens that stand for audio,
-*carried* where an earlier graph of the same forward did,
-or *given* by the user or by the hook of `avl_fx.compile`. Otherwise they are unknown, and policies that need them do
-not apply.
+boolean mask (`masked_scatter`, indexed assignment, `where`), unless it is a mask of tokens that stand for audio;
+*carried* where an earlier graph of the same forward did, or *given* by the user or by the hook of `avl_fx.compile`.
+Otherwise they are unknown, and policies that need them do not apply.
 """
 
 from __future__ import annotations
@@ -16,7 +15,18 @@ import torch
 from torch import fx
 
 from avl_fx.passes.context import PassContext, VisualSource
-from avl_fx.passes.nodes import VIEW_OPS, alias_root, arg, fake, op, same_shape, shape, where_args, written_between
+from avl_fx.passes.nodes import (
+    VIEW_OPS,
+    alias_root,
+    arg,
+    fake,
+    op,
+    same_shape,
+    shape,
+    where_args,
+    writes_to,
+    written_between,
+)
 from avl_fx.passes.rewrite import insert_call
 from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.passes.site import PassResult
@@ -60,10 +70,11 @@ def _audio_masks(gm: fx.GraphModule, ctx: PassContext) -> frozenset[fx.Node]:
         if op(node) in VIEW_OPS:
             same = node.args[0] in found
         elif op(node) in _UNIONS:
-            same = found.issuperset(_operands(node))
+            operands = _operands(node)
+            same = len(operands) == 2 and found.issuperset(operands)
         else:
             same = op(node) == "eq" and _from_token_ids(node) and node.args[-1] in ctx.audio_ids
-        if same:
+        if same and not writes_to(node):  # something else may be written into a mask
             found.add(node)
     returned = gm.graph.output_node().args[0]
     assert isinstance(returned, tuple | list)

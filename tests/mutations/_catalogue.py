@@ -507,10 +507,12 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "take images for audio where one mask has both",
-            "same = found.issuperset(_operands(node))",
-            "same = not found.isdisjoint(_operands(node))",
+            "found.issuperset(operands)",
+            "not found.isdisjoint(operands)",
             LOCATE,
         ),
+        ("look past what is written into a mask of audio", "if same and not writes_to(node):", "if same:", LOCATE),
+        ("take a mask for one of audio for want of arguments", "len(operands) == 2 and ", "", LOCATE),
         (
             "forget masks of audio that an earlier graph made",
             "if position in ctx.audio_masks}",

@@ -291,9 +291,23 @@ def test_audio_is_not_visual(splice: Callable[..., Tensor]) -> None:
     assert torch.equal(rewritten.outputs[0]._avl_visual_positions, VISUAL)
 
 
-def test_one_mask_of_images_and_audio_is_visual() -> None:
+def united_by_name(embeds, ids, pictures, frames):
+    either = torch.logical_or(input=ids == VIDEO, other=ids == IMAGE)
+    return embeds.masked_scatter(either.unsqueeze(-1), torch.cat([pictures, frames]))
+
+
+def united_with_audio_in_place(embeds, ids, pictures, frames):
+    mask = ids == VIDEO
+    mask |= ids == IMAGE
+    return embeds.masked_scatter(mask[..., None], torch.cat([pictures, frames]))
+
+
+@pytest.mark.parametrize(
+    "splice", [image_or_video, united_by_name, united_with_audio_in_place], ids=lambda s: s.__name__
+)
+def test_one_mask_of_images_and_audio_is_visual(splice: Callable[..., Tensor]) -> None:
     """Nothing tells them apart, and features of images are among them."""
-    rewritten = check(Decoder(image_or_video), *arguments(), edit=with_audio)
+    rewritten = check(Decoder(splice), *arguments(), edit=with_audio)
     assert torch.equal(rewritten.outputs[0]._avl_visual_positions, VISUAL | FILM)
 
 
