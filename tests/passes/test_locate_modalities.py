@@ -298,7 +298,7 @@ def united_by_name(embeds, ids, pictures, frames):
 
 def united_with_audio_in_place(embeds, ids, pictures, frames):
     mask = ids == VIDEO
-    mask |= ids == IMAGE
+    mask.logical_or_(ids == IMAGE)
     return embeds.masked_scatter(mask[..., None], torch.cat([pictures, frames]))
 
 
