@@ -54,6 +54,8 @@ _given: ContextVar[_Given | None] = ContextVar("avl_fx_visual_positions", defaul
 def modality_ids(ids: Tensor) -> Iterator[None]:
     """Tell the backend the modality of every prompt position, for models whose graphs do not show it.
 
+    It holds in the thread that says it: say it in the one that calls the model.
+
     ::
 
         with avl_fx.modality_ids(ids):

@@ -108,7 +108,9 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
     regions = find_regions(model)
     _check_uncompiled(model, regions)
     uncompile(model)
-    hooks: list[_Removable] = [handle for module in wrapping(model) for handle in ModalityHook.install(module)]
+    # Of Qwen2.5-Omni the part that thinks is asked to generate: the forward of the whole is never called.
+    generating = dict.fromkeys((*wrapping(model), *filter(can_generate, model.modules())))
+    hooks: list[_Removable] = [handle for module in generating for handle in ModalityHook.install(module)]
     for region in regions:
         settings = dict(_DECODER_SETTINGS) if region.role == "decoder" else {}
         if not resolved.is_lossless and region.role != "vision":
@@ -120,7 +122,6 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
         if region.role == "decoder":
             hooks += SplicedRows.watch(region.module)
     if not kwargs.get("disable"):
-        generating = dict.fromkeys((*wrapping(model), *filter(can_generate, model.modules())))
         hooks += [KeepsItsCalls(module) for module in generating if hasattr(module, "get_compiled_call")]
         if all(region.role != "model" for region in regions):  # else it is traced by its own compilation
             hooks.append(warns_where_traced(unwrapped(model)))

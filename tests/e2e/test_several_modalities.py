@@ -5,9 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+import avl_fx
 from avl_fx import Plan
+from avl_fx.record import recording
+from avl_fx.spliced_rows import SplicedRows
 from tests.e2e._covering import rest_in_matrix
 from tests.e2e._doors import FLOAT32_TOLERANCE, largest, through
 from tests.e2e.test_avl import PRESETS, as_oracle, blocks_of
@@ -99,6 +102,35 @@ def inheriting(model, mode):
         weights = (logits * attention.scaling).masked_fill(~CAUSAL, -torch.inf).softmax(-1)
         x = x + attention.o_proj((weights @ value.repeat_interleave(2, 1)).transpose(1, 2).flatten(2))
     return [x, *out]
+
+
+# ---- a model whose part generates, as Qwen2.5-Omni's does ------------------------------------------------------------
+
+
+class Whole(nn.Module):
+    """Its own forward is never called."""
+
+    def __init__(self, thinker):
+        super().__init__()
+        self.thinker, self.config = thinker, thinker.config
+
+    def generate(self, **inputs):
+        return self.thinker.generate(**inputs, max_new_tokens=2)
+
+
+def test_the_part_that_generates_is_asked_for_token_ids(monkeypatch):
+    """What is spliced into embeddings may be audio; ids say what is an image."""
+    monkeypatch.delattr(SplicedRows, "positions")
+    zoo = ZOO["llava"]
+    model = Whole(zoo.make())
+    inputs = zoo.inputs(model.thinker, batch=2)
+    torch._dynamo.reset()
+    avl_fx.compile(model, PLANS["vla"], options={"compiler": "eager"})
+    with recording() as recorder:
+        model.generate(**inputs)
+    avl_fx.uncompile(model)
+    assert torch.equal(recorder.visual[0], zoo.visual_positions(model.thinker, inputs))
+    assert not model.thinker._forward_pre_hooks
 
 
 # ---- an image and a video in one prompt ------------------------------------------------------------------------------

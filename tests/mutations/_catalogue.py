@@ -492,6 +492,15 @@ MUTATIONS: list[Mutation] = [
         ("take audio for images, by their types", " & (ids != _AUDIO_TYPE)", "", HOOK),
     ),
     *_in(
+        "avl_fx/regions.py",
+        (
+            "ask the whole for token ids, whose forward is never called",
+            "for module in generating for handle in ModalityHook",
+            "for module in wrapping(model) for handle in ModalityHook",
+            SEVERAL,
+        ),
+    ),
+    *_in(
         "avl_fx/token_ids.py",
         ("one placeholder for images and audio is audio", " - visual_token_ids(config)", "", TOKEN_IDS),
         ("ask the configuration itself alone", "for part in _parts(config)))", "for part in ()))", TOKEN_IDS),
