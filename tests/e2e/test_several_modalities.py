@@ -113,6 +113,7 @@ class Whole(nn.Module):
     def __init__(self, thinker):
         super().__init__()
         self.thinker, self.config = thinker, thinker.config
+        self.talker = nn.Linear(2, 2)
 
     def generate(self, **inputs):
         return self.thinker.generate(**inputs, max_new_tokens=2)

@@ -1093,8 +1093,8 @@ MUTATIONS: list[Mutation] = [
         "avl_fx/regions.py",
         (
             "tell the wrapper alone where images are",
-            "for module in wrapping(model) for",
-            "for module in (model,) for",
+            "for module in generating for handle in ModalityHook",
+            "for module in (model,) for handle in ModalityHook",
             f"{WRAPPED} -k whichever",
         ),
         (
