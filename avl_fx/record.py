@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -97,12 +97,20 @@ class Recorder:
     steps: list[DecodeStep] = field(default_factory=list)
     """Every call of such a graph that is a decode step, in order."""
     keep_graphs: bool = False
+    _replaced: list[Tensor] = field(default_factory=list)
 
-    def saw_visual(self, visual: Tensor, earlier: Tensor | None = None) -> None:
-        """Note the visual positions of a forward, once: they stand for those that an earlier graph of it showed."""
-        self.visual = [visual if v is earlier else v for v in self.visual]
-        if not any(v is visual for v in self.visual):
+    def saw_visual(self, visual: Tensor, *same: Tensor | None) -> None:
+        """Note the visual positions of a forward, once: they stand for the ``same`` that earlier graphs showed, or that
+        were given."""
+        replaced = [tensor for tensor in same if tensor is not None and tensor is not visual]
+        self.visual = [visual if _among(v, replaced) else v for v in self.visual]
+        if not _among(visual, [*self.visual, *self._replaced]):
             self.visual.append(visual)
+        self._replaced += replaced
+
+
+def _among(tensor: Tensor, others: Iterable[Tensor]) -> bool:
+    return any(tensor is other for other in others)
 
 
 _active: ContextVar[Recorder | None] = ContextVar("avl_fx_recorder", default=None)

@@ -206,7 +206,7 @@ class CompiledGraph:
             self.record.calls += 1
             seen = visual if visual is not None else given()
             if seen is not None and self.record.visual != "none":
-                recorder.saw_visual(seen, earlier)
+                recorder.saw_visual(seen, earlier, given())
         return visual if visual is not None else given()
 
 

@@ -458,8 +458,8 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "count what several graphs of a forward splice in as several forwards",
-            "recorder.saw_visual(seen, earlier)",
-            "recorder.saw_visual(seen)",
+            "recorder.saw_visual(seen, earlier, given())",
+            "recorder.saw_visual(seen, given())",
             SEVERAL,
         ),
     ),
@@ -498,6 +498,15 @@ MUTATIONS: list[Mutation] = [
             "for module in generating for handle in ModalityHook",
             "for module in wrapping(model) for handle in ModalityHook",
             SEVERAL,
+        ),
+    ),
+    *_in(
+        "avl_fx/record.py",
+        (
+            "count what is shown and given as two forwards",
+            "[*self.visual, *self._replaced]",
+            "self.visual",
+            "tests/avl_fx/test_record.py",
         ),
     ),
     *_in(
