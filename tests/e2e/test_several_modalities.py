@@ -15,7 +15,7 @@ from tests.e2e._covering import rest_in_matrix
 from tests.e2e._doors import FLOAT32_TOLERANCE, largest, through
 from tests.e2e.test_avl import PRESETS, as_oracle, blocks_of
 from tests.oracle import avl_oracle, lazy_oracle
-from tests.passes._decoder import WIDTH, Decoder, specs
+from tests.passes._decoder import WIDTH, Decoder, inheriting, specs
 from tests.zoo import ZOO
 from tests.zoo._base import BOS, FIRST_TEXT, IMAGE, LAST_TEXT, VIDEO, VISION_END, VISION_START
 from tests.zoo._qwen import PATCH, TEMPORAL
@@ -80,28 +80,10 @@ def test_audio_is_text_and_what_several_graphs_splice_in_is_put_together(plan, a
     assert len(recorder.visual) == 1, "one forward"
     assert torch.equal(recorder.visual[0], VISUAL)
     assert largest(got, dense) > 0.1
-    assert largest(got, inheriting(model, plan)) <= FLOAT32_TOLERANCE
-
-
-@torch.no_grad()
-def inheriting(model, mode):
-    """What its last two layers compute when they inherit from the first at `VISUAL`, written out by hand."""
-    x, out, anchor = F.embedding(IDS, TABLE), [], None
+    x = F.embedding(IDS, TABLE)
     for token, features in zip((AUDIO, IMAGE, VIDEO), FEATURES, strict=True):
         x = x.masked_scatter((token == IDS)[..., None], features)
-    for layer in model.each():
-        attention, normed = layer.attention, layer.norm(x)
-        query, key, value = attention.project(normed, normed)
-        anchor = anchor or (query, key)
-        if mode == "vla":
-            pairs = zip(anchor, (query, key), strict=True)
-            query, key = (torch.where(VISUAL[:, None, :, None], *pair) for pair in pairs)
-        out += [key, value]
-        own, theirs = (q @ k.repeat_interleave(2, 1).mT for q, k in ((query, key), anchor))
-        logits = torch.where(VISUAL[:, None, None], theirs, own) if mode == "vla_scores" else own
-        weights = (logits * attention.scaling).masked_fill(~CAUSAL, -torch.inf).softmax(-1)
-        x = x + attention.o_proj((weights @ value.repeat_interleave(2, 1)).transpose(1, 2).flatten(2))
-    return [x, *out]
+    assert largest(got, inheriting(model, plan, x, VISUAL, CAUSAL)) <= FLOAT32_TOLERANCE
 
 
 # ---- a model whose part generates, as Qwen2.5-Omni's does ------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["WIDTH", "Decoder", "LayerSpec", "caches", "expected", "hidden_states", "specs"]
+__all__ = ["WIDTH", "Decoder", "LayerSpec", "caches", "expected", "hidden_states", "inheriting", "specs"]
 
 WIDTH, BATCH, LENGTH = 32, 2, 12
 NAMES = "abcdefgh"
@@ -216,3 +216,36 @@ def expected(
         stored += [None if number in anchors and i == 0 else t for i, t in enumerate(pair)]
         x = x + attention.attend(query, key, value, masks[attention.spec.mask])
     return x, stored
+
+
+@torch.no_grad()
+def inheriting(
+    model: Decoder,
+    mode: str,
+    x: Tensor,
+    visual: Tensor,
+    mask: Tensor,
+    before: Callable[[int, Tensor], Tensor] = lambda number, x: x,
+) -> list[Tensor]:
+    """Hidden states, then keys and values, of a prompt where the layers behind the first inherit from it.
+
+    Written out by hand: at positions ``visual`` bool ``[batch, tokens]``, in mode ``vla`` or ``vla_scores``. ``before``
+    is what happens to hidden states in front of each layer.
+    """
+    stored: list[Tensor] = []
+    anchor = None
+    for number, layer in enumerate(model.each()):
+        x = before(number, x)
+        attention, normed = layer.attention, layer.norm(x)
+        query, key, value = attention.project(normed, normed)
+        anchor = anchor or (query, key)
+        if mode == "vla":
+            pairs = zip(anchor, (query, key), strict=True)
+            query, key = (torch.where(visual[:, None, :, None], *pair) for pair in pairs)
+        stored += [key, value]
+        repeats = attention.spec.heads // attention.spec.kv_heads
+        own, theirs = (q @ k.repeat_interleave(repeats, 1).mT for q, k in ((query, key), anchor))
+        logits = torch.where(visual[:, None, None], theirs, own) if mode == "vla_scores" else own
+        weights = (logits * attention.scaling).masked_fill(~mask, -torch.inf).softmax(-1)
+        x = x + attention.o_proj((weights @ value.repeat_interleave(repeats, 1)).transpose(1, 2).flatten(2))
+    return [x, *stored]

@@ -11,7 +11,7 @@ from avl_fx.passes import visual_inputs
 from avl_fx.passes.context import VisualSource
 from avl_fx.passes.site import Reason
 from avl_fx.plan import Plan
-from tests.passes._decoder import WIDTH, Decoder, hidden_states, specs
+from tests.passes._decoder import WIDTH, Decoder, hidden_states, inheriting, specs
 from tests.passes._graphs import assert_same, check, rewrite
 
 ATTENTION = torch.add
@@ -60,28 +60,6 @@ class Deep(Decoder):
         return x, stored
 
 
-def inheriting(model: Deep, mode: str, x: Tensor, ids: Tensor, features: Tensor, mask: Tensor) -> list[Tensor]:
-    """What ``model`` computes where its last two layers inherit from the first, written out by hand."""
-    visual, stored, anchor = ids == IMAGE, [], None
-    for number, layer in enumerate(model.each()):
-        if number < 2:
-            x = x + torch.zeros_like(x).masked_scatter(visual[..., None], features)
-        attention, normed = layer.attention, layer.norm(x)
-        query, key, value = attention.project(normed, normed)
-        anchor = anchor or (query, key)
-        if mode == "vla":
-            query, key = (
-                torch.where(visual[:, None, :, None], *pair) for pair in zip(anchor, (query, key), strict=True)
-            )
-        stored += [key, value]
-        repeats = attention.spec.heads // attention.spec.kv_heads
-        own, theirs = (q @ k.repeat_interleave(repeats, 1).mT for q, k in ((query, key), anchor))
-        logits = torch.where(visual[:, None, None], theirs, own) if mode == "vla_scores" else own
-        weights = (logits * attention.scaling).masked_fill(~mask, -torch.inf).softmax(-1)
-        x = x + attention.o_proj((weights @ value.repeat_interleave(repeats, 1)).transpose(1, 2).flatten(2))
-    return [x, *stored]
-
-
 def deep(token: int) -> tuple[Deep, tuple[Tensor, ...]]:
     features = torch.randn(int((IDS == IMAGE).sum()), WIDTH, generator=torch.Generator().manual_seed(1))
     return Deep(token).eval(), (hidden_states(8), IDS, features, CAUSAL)
@@ -92,7 +70,13 @@ def deep(token: int) -> tuple[Deep, tuple[Tensor, ...]]:
 def test_one_mask_in_front_of_several_layers(mode: str) -> None:
     """Each layer moves it to where it is itself, as Granite 4 Vision does: it is known before the first."""
     model, inputs = deep(IMAGE)
-    wanted = inheriting(model, mode, *inputs)
+    x, ids, features, mask = inputs
+
+    def added(number: int, hidden: Tensor) -> Tensor:
+        there = (ids == IMAGE)[..., None]
+        return hidden + torch.zeros_like(hidden).masked_scatter(there, features) if number < 2 else hidden
+
+    wanted = inheriting(model, mode, x, ids == IMAGE, mask, before=added)
     assert (wanted[0] - model(*inputs)[0]).abs().max() > 0.1
     rewritten = rewrite(model, *inputs, plan=Plan.lazy([(0, 2)], mode))
     assert rewritten.reasons == [None] * 3
