@@ -71,7 +71,7 @@ def _allowed(case):
 
 CASES = list(filter(_allowed, itertools.product(*FACTORS)))
 CHOSEN = one_each(CASES)
-"""What `make test` runs: each mode once, the other factors spread."""
+"""Each mode once, the other factors spread."""
 COVERING = covering(FACTORS, _allowed)
 
 
