@@ -203,11 +203,11 @@ def _generate(
         "logits_processor": LogitsProcessorList([listener]),
     }
     if contender.cache is not None:
-        settings["past_key_values"] = listener.cache = contender.cache(model)
+        settings[_compat.cache_argument()] = listener.cache = contender.cache(model)
     with contender.around(model, inputs) as used:
         out = model.generate(**{**used, **settings})
     steps = len(listener.found)
-    cache = out.get("past_key_values")
+    cache = _compat.cache_of(out)
     return out.sequences[:, out.sequences.shape[1] - steps :].cpu(), 0 if cache is None else cache_bytes(cache)
 
 

@@ -25,9 +25,12 @@ from torch._inductor.compile_fx import compile_fx
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "CACHE_NAMES",
     "BackendErrorBase",
     "FrameModules",
     "attention_implementation",
+    "cache_argument",
+    "cache_of",
     "compile_arguments",
     "compile_graph",
     "compile_module",
@@ -59,6 +62,10 @@ __all__ = [
 # exception reaches the user wrapped as `BackendCompilerFailed`. The constructor requires the keyword
 # `first_useful_frame`; `None` keeps the traceback whole.
 BackendErrorBase = ShortenTraceback
+
+# What releases of transformers call the cache, among a model's arguments and in what it returns: the newest first, for
+# the newer ones log a warning where they are asked for the older name.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -112,19 +119,23 @@ class FrameModules:
         self._locals = frame_locals
 
     def module(self, path: str) -> torch.nn.Module | None:
-        """Module at ``local.attribute.0.attribute``, or ``None``."""
+        """Module at ``local.attribute.0.attribute``, or ``None``; ``args.0`` is the first of a tuple of arguments."""
         local, *rest = path.split(".")
         found = self._locals.get(local)
         for part in rest:
-            if not isinstance(found, torch.nn.Module):
+            if isinstance(found, torch.nn.Module):
+                found = found._modules.get(part)
+            elif isinstance(found, tuple) and part.isdigit() and int(part) < len(found):
+                found = found[int(part)]
+            else:
                 return None
-            found = found._modules.get(part)
         return found if isinstance(found, torch.nn.Module) else None
 
     def outermost(self) -> torch.nn.Module | None:
-        """The module whose forward this is: paths that start at the local ``self`` start there."""
-        found = self._locals.get("self")
-        return found if isinstance(found, torch.nn.Module) else None
+        """The module whose forward this is: ``self``, or the first of the arguments where a decorator names none."""
+        arguments = (value[0] for value in self._locals.values() if isinstance(value, tuple) and value)
+        found = (value for value in (self._locals.get("self"), *arguments) if isinstance(value, torch.nn.Module))
+        return next(found, None)
 
     def decoder_layers(self) -> int | None:
         """Depth of the language decoder, as the configuration of the outermost module states it."""
@@ -145,8 +156,8 @@ class FrameModules:
 
         ``get_decoder`` falls back to the model itself, also for a vision encoder. That one embeds no tokens: none then.
         """
-        outermost = self._locals.get("self")
-        if not isinstance(outermost, torch.nn.Module) or not hasattr(outermost, "get_decoder"):
+        outermost = self.outermost()
+        if not hasattr(outermost, "get_decoder"):
             return None
         try:
             decoder: Any = cast(Any, outermost).get_decoder()
@@ -289,6 +300,21 @@ def _batch_and_sequence(tensor: torch.Tensor, batch: int, length: int) -> tuple[
     if tensor.dim() == 3:  # [batch, length, hidden], whatever the hidden size is
         return 0, [dim for dim in equal if dim == 1]
     return 0, equal if tensor.dim() == 4 else []
+
+
+@functools.cache
+def cache_argument() -> str:
+    """The one of `CACHE_NAMES` by which this release of transformers passes a cache."""
+    from transformers import GenerationMixin
+
+    taken = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next(name for name in CACHE_NAMES if name in taken)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a model or its `generate` returned; ``None`` where there is none."""
+    found = (getattr(output, name, None) for name in CACHE_NAMES)
+    return next((cache for cache in found if cache is not None), None)
 
 
 def uncompile_module(module: torch.nn.Module) -> None:

@@ -153,7 +153,7 @@ def _check_cache(ctx: PassContext, options: BackendOptions) -> None:
     if ctx.compact is not None and ctx.compact.plans != {options.plan.fingerprint()}:
         raise CacheStateError(
             f"this AVLCache was made for another plan than the model is compiled with ({options.plan})",
-            field="past_key_values",
+            field="cache",
             remedy="write AVLCache(plan, model.config) with the plan of avl_fx.compile or of the backend's options",
         )
 

@@ -4,7 +4,7 @@ A stock cache stays complete under every plan (`avl_fx.partition`): decode reads
 before. This one holds text and secondary visual keys alone; what a text window drives out leaves it, and lazy layers
 own no keys, or none of visual tokens (modes ``vla`` and ``vla_scores``). ::
 
-    model.generate(**inputs, past_key_values=AVLCache(plan, model.config))
+    model.generate(**inputs, past_key_values=AVLCache(plan, model.config))  # cache=..., since transformers 5.24
 
 Lengths, masks and positions stay those of the whole sequence: the model sees a cache of all tokens, and the compiled
 graph knows which rows are really there (`avl_fx.passes.resolve_rows`). So it works under the backend alone; eagerly
@@ -119,7 +119,7 @@ class AVLLayer(DynamicLayer):
                 raise CacheStateError(
                     f"{name} {list(new.shape)} in {new.dtype} do not continue a cache of {list(stored.shape)} in "
                     f"{stored.dtype}",
-                    field="past_key_values",
+                    field="cache",
                     remedy="use a fresh AVLCache for each model and each batch",
                 )
 
@@ -127,7 +127,7 @@ class AVLLayer(DynamicLayer):
         if not self.lossless or self.keys.shape[2] != tokens:
             raise CacheStateError(
                 "a compact cache whose plan drops keys is used by a model that runs eagerly",
-                field="past_key_values",
+                field="cache",
                 remedy="compile the model under the same plan: avl_fx.compile(model, plan), or "
                 'model.compile(backend="avl", options={"plan": plan}); or use a stock cache',
             )
@@ -170,7 +170,7 @@ class AVLCache(Cache):
             raise CacheStateError(
                 "the model is an encoder-decoder: its images stand in the encoder, and its cache has two halves",
                 field="config",
-                remedy="leave past_key_values out; plans work on the cache that generate makes",
+                remedy="pass no cache; plans work on the cache that generate makes",
             )
         if not hasattr(config.get_text_config(decoder=True), "num_hidden_layers"):
             raise CacheStateError(
@@ -295,7 +295,7 @@ class AVLCache(Cache):
             if not hasattr(layer, name) and not (repeats is None and hasattr(layer, "reorder_cache")):
                 raise CacheStateError(
                     f"{type(layer).__name__} of transformers has no {name}",
-                    field="past_key_values",
+                    field="cache",
                     remedy="run the prompt in the batch that is wanted",
                 )
         for layer in others:

@@ -67,7 +67,7 @@ class CompactCalls:
             raise CacheStateError(
                 f"a layer of this compact cache holds {rows} rows, and a graph asks for {count}: keys that lazy layers "
                 "do without were not stored",
-                field="past_key_values",
+                field="cache",
                 remedy="use a stock cache: avl_fx.explain(model, plan, ...) says which lazy layers were refused",
             )
 
@@ -79,7 +79,7 @@ class CompactCalls:
             raise CacheStateError(
                 f"this compact cache holds {rows} rows of {length} tokens, and which ones is not known here: it was "
                 "filled under another plan or by another model, or its tensors were replaced or written to",
-                field="past_key_values",
+                field="cache",
                 remedy="use a fresh AVLCache; every step on it must run compiled, under the plan that it was made for; "
                 "if it did, a graph was refused its rewrite and avl_fx.explain(model, plan, ...) says why",
             )

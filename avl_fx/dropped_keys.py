@@ -75,7 +75,7 @@ def check_stored(keys: Tensor, layer: int | None) -> None:
         who = "a decoder layer" if layer is None else f"decoder layer {layer}"
         raise CacheStateError(
             f"{who} is about to attend to keys that a lazy plan did not store in this cache",
-            field="past_key_values",
+            field="cache",
             remedy="use a fresh cache, or run every step on this cache under the plan that filled it; if it is the "
             "same plan, a graph was refused its lazy rewrite and avl_fx.explain(model, plan, ...) says why",
         )

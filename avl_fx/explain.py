@@ -148,7 +148,7 @@ def _drive(result: Run, new_tokens: int, run: Callable[..., Any] | None, inputs:
     """Prefill and decode, by the caller's loop, the stock `generate`, or a single call."""
     model = result.model
     # A cache that was passed in would be filled.
-    given = {k: copy.deepcopy(v) if k == "past_key_values" else v for k, v in inputs.items()}
+    given = {k: copy.deepcopy(v) if k in _compat.CACHE_NAMES else v for k, v in inputs.items()}
     if run is not None:
         result.generated = True
         run(model, **given)
@@ -162,7 +162,7 @@ def _drive(result: Run, new_tokens: int, run: Callable[..., Any] | None, inputs:
             "disable_compile": True,
         }
         output = model.generate(**{**settings, **given})  # type: ignore[operator]
-        result.cache = getattr(output, "past_key_values", None)
+        result.cache = _compat.cache_of(output)
     else:
         _check_forward(model, given)
         result.goes_past = _generates(model)

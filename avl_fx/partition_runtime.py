@@ -197,7 +197,7 @@ class PartitionRuntime:
                 raise CacheStateError(
                     "the prompt dropped visual tokens on its way (plan section 'prefill'), and then its cache could "
                     "not be partitioned: keys are missing",
-                    field="past_key_values",
+                    field="cache",
                     remedy="leave 'prefill' out of the plan for such prompts, and start again with a fresh cache",
                 )
             if partition is None and before is not None:
@@ -205,7 +205,7 @@ class PartitionRuntime:
                     raise CacheStateError(
                         "the new prompt's mask hides visual keys of a compact cache, or splits it into too many "
                         "ranges, and what the cache left out cannot be brought back",
-                        field="past_key_values",
+                        field="cache",
                         remedy="use a stock cache for this conversation",
                     )
                 self._put_back(before, args, outputs)
@@ -483,7 +483,7 @@ def _rewound(partition: Partition, start: int) -> Partition:
     raise CacheStateError(
         f"a static cache of {partition.length} tokens was written to from position {start} on, where a partition had "
         "moved rows of other tokens: these are lost",
-        field="past_key_values",
+        field="cache",
         remedy="start again from the prompt; to take tokens back use a DynamicCache, or a plan without a text window",
     )
 

@@ -105,7 +105,7 @@ def _as_entered(tensor: Tensor, memory: _Memory) -> Tensor:
         raise CacheStateError(
             f"{memory.size[2] - keys} rows were cut off a partitioned cache of decoder layer {memory.layer}, and which "
             "tokens lay there is not known any more: another cache that shares its memory has gone on",
-            field="past_key_values",
+            field="cache",
             remedy="crop before the other cache goes on, or continue a copy.deepcopy of the cache",
         )
     total = max(keys, memory.size[2])

@@ -27,7 +27,7 @@ from avl_fx.passes.site import Site
 
 __all__ = ["cache_kind", "describe_site", "module_path", "reaches_output"]
 
-_LOCAL = re.compile(r"^L\['(?P<name>[^']+)'\]")
+_LOCAL = re.compile(r"^L\['(?P<name>[^']+)'\](\[(?P<number>\d+)\])?")
 _MODULES = re.compile(r"\._modules\['([^']+)'\]")
 _INDEX = re.compile(r"\[(\d+)\]")
 _SEARCH_LIMIT = 400
@@ -36,15 +36,15 @@ _SEARCH_LIMIT = 400
 def module_path(node: fx.Node) -> tuple[str, str, type | str] | None:
     """``(local, path, class)`` of the innermost module that ``node`` came from.
 
-    ``local`` is the Python local of the traced frame that the path starts at, usually ``self``; ``path`` is dotted and
-    may be empty.
+    ``local`` is the Python local of the traced frame that the path starts at, usually ``self``, or ``args.0`` in a
+    decorator that names none of its arguments; ``path`` is dotted and may be empty.
     """
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return None
     raw, cls = list(stack.values())[-1]
     found = _LOCAL.match(raw)
-    local = found["name"] if found else ""
+    local = "" if found is None else ".".join(filter(None, (found["name"], found["number"])))
     path = _INDEX.sub(r".\1", _MODULES.sub(r".\1", raw[found.end() :] if found else raw))
     return local, path.replace("._modules", "").strip("."), cls
 

@@ -171,7 +171,7 @@ def test_dense_use_of_dropped_keys_raises(dropped: str) -> None:
         mark_buffer(keys)
     with pytest.raises(CacheStateError, match="decoder layer 7") as caught:
         check_stored(keys, 7)
-    assert caught.value.field == "past_key_values"
+    assert caught.value.field == "cache"
     assert caught.value.remedy
     check_stored(values(), 7)
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import avl_fx
+from avl_fx._compat import cache_argument
 from avl_fx._words import kib
 from avl_fx.errors import AvlError, CacheStateError, CaptureError, OptionError, PlanMismatchError, UnsupportedPlanError
 from avl_fx.record import recording
@@ -224,10 +225,10 @@ def test_compilers():
 def test_error_of_a_step_ends_up_in_the_report():
     def run(model, **inputs):
         model(**inputs)
-        raise CacheStateError("keys are gone", field="past_key_values", remedy="start again")
+        raise CacheStateError("keys are gone", field="cache", remedy="start again")
 
     report = avl_fx.explain(tiny(), run=run, **tiny_inputs())
-    assert report.stopped == "past_key_values: keys are gone. Fix: start again."
+    assert report.stopped == "cache: keys are gone. Fix: start again."
     assert report.sites
     assert "The run stopped early" in str(report)
 
@@ -356,10 +357,11 @@ def test_explain_sees_a_model_whose_recompile_limit_is_used_up(make, door):
     torch._dynamo.reset()
 
 
-def test_a_cache_that_is_passed_in_stays_empty():
+@pytest.mark.parametrize("name", sorted({"past_key_values", cache_argument()}))
+def test_a_cache_that_is_passed_in_stays_empty(name):
     zoo, model = get("llava"), zoo_model("llava")
     cache = DynamicCache(config=model.config)
-    report = avl_fx.explain(model, new_tokens=1, past_key_values=cache, **zoo.inputs(model))
+    report = avl_fx.explain(model, new_tokens=1, **{name: cache}, **zoo.inputs(model))
     assert report.kv.length > 0
     assert cache.get_seq_length() == 0
 

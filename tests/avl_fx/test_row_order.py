@@ -135,7 +135,7 @@ def test_rows_that_cannot_be_told_are_an_error(moved):
     moved.call(1)
     with pytest.raises(CacheStateError, match="cut off") as caught:
         as_entered([x[:, :, :-1] for x in older], (0, 1))
-    assert caught.value.field == "past_key_values"
+    assert caught.value.field == "cache"
     assert caught.value.remedy
 
 

@@ -389,7 +389,7 @@ def test_a_cache_that_is_refused_stays_as_it_was(door, kind, plain):
         mask, token = session.mask, session.next
         with pytest.raises(CacheStateError, match="decoder layer 2") as caught:
             session.steps(1)
-        assert caught.value.field == "past_key_values"
+        assert caught.value.field == "cache"
         assert caught.value.remedy
         session.mask, session.next = mask, token
         assert int(session.cache.get_seq_length()) == mask.shape[1]
@@ -417,6 +417,6 @@ def test_a_crop_that_nobody_can_undo_is_an_error(plain):
         other.crop(1)
         with pytest.raises(CacheStateError, match="1 rows were cut off") as caught:
             other.steps(1)
-        assert caught.value.field == "past_key_values"
+        assert caught.value.field == "cache"
         assert "deepcopy" in caught.value.remedy
         one.steps(1)  # is not concerned

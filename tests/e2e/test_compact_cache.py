@@ -512,7 +512,7 @@ def test_each_layer_knows_its_own_length_during_a_forward():
 
 
 def test_an_encoder_decoder_is_refused():
-    with pytest.raises(CacheStateError, match=r"encoder-decoder.*Fix: leave past_key_values out"):
+    with pytest.raises(CacheStateError, match=r"encoder-decoder.*Fix: pass no cache"):
         AVLCache(PAPER, BartConfig())
 
 

@@ -1715,6 +1715,12 @@ MUTATIONS: list[Mutation] = [
             "for module in wrapping(model):",
             f"{REMOTE} -k explain_runs",
         ),
+        (
+            "fill the cache of whoever asks",
+            "copy.deepcopy(v) if k in _compat.CACHE_NAMES else v",
+            "v",
+            "tests/avl_fx/test_explain.py -k stays_empty",
+        ),
     ),
     *_in(
         "avl_fx/attention_kernels.py",
@@ -1747,6 +1753,18 @@ MUTATIONS: list[Mutation] = [
             'if getattr(config, "attn_logit_softcapping", None):',
             "if False:",
             f"{OPAQUE} -k soft_capped",
+        ),
+        (
+            "find no model behind a decorator",
+            '(self._locals.get("self"), *arguments)',
+            '(self._locals.get("self"),)',
+            "tests/e2e/test_decorated_forward.py -k gemma3",
+        ),
+        (
+            "find no module behind a decorator",
+            "elif isinstance(found, tuple) and part.isdigit() and int(part) < len(found):",
+            "elif False:",
+            "tests/e2e/test_decorated_forward.py -k gemma3",
         ),
     ),
     *_in(

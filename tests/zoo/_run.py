@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from avl_fx._compat import cache_argument, cache_of
+
 CACHES = ("none", "dynamic", "static")
 
 
@@ -69,7 +71,7 @@ def prefill_and_decode(
     if cache == "static":
         options["cache_implementation"] = "static"
     elif not isinstance(cache, str):
-        options["past_key_values"] = cache
+        options[cache_argument()] = cache
     prompt = inputs["input_ids"].shape[1]
     if tokens is not None:
         options["logits_processor"] = LogitsProcessorList([_Forced(tokens, prompt)])
@@ -94,5 +96,5 @@ def prefill_and_decode(
             else:
                 del model.forward
     run = Run(out.logits)
-    run.tokens, run.cache = out.sequences[:, prompt:], out.past_key_values
+    run.tokens, run.cache = out.sequences[:, prompt:], cache_of(out)
     return run
