@@ -57,6 +57,13 @@ def _freeze():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def recompile_limit_as_it_was():
+    """Examples and benchmarks raise the limit for the thread that asks, and other tests tell what it is."""
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield
+
+
 @pytest.fixture
 def short_caches_too(monkeypatch):
     """`read_once` takes every decode step, also over the short caches of tests, which it leaves to ATen."""
