@@ -48,9 +48,12 @@ def share_queries(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         if site.layer is None:
             result.refuse(site, Reason.LAYER_UNKNOWN)
         elif anchor_layer is not None and site.status is not Status.REFUSED:
-            anchor = _anchor(by_layer, anchor_layer, site)
+            candidates = [s for s in by_layer.get(anchor_layer, []) if s.tower == site.tower]
+            anchor = candidates[0] if len(candidates) == 1 else None
             refusal = why_not(site, anchor)
-            if anchor is None and anchor_layer in ctx.without_attention:
+            if len(candidates) > 1:  # the layer runs more than once, or attends more than once
+                refusal = Reason.LAYER_UNKNOWN, f"{len(candidates)} calls share the number of its anchor"
+            elif anchor is None and anchor_layer in ctx.without_attention:
                 refusal = Reason.ANCHOR_KIND, f"layer {anchor_layer} has no attention"
             if refusal is None and policy.mode != "gla" and site.kind != "full":
                 refusal = Reason.POSITION_MASK, site.kind
@@ -99,11 +102,6 @@ def _by_layer(ctx: PassContext) -> dict[int, list[Site]]:
         if site.layer is not None:
             found[site.layer].append(site)
     return found
-
-
-def _anchor(by_layer: dict[int, list[Site]], layer: int, site: Site) -> Site | None:
-    candidates = [s for s in by_layer.get(layer, []) if s.tower == site.tower]
-    return candidates[0] if len(candidates) == 1 else None
 
 
 def why_not(site: Site, anchor: Site | None) -> tuple[Reason, str] | None:

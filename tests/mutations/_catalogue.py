@@ -297,9 +297,15 @@ MUTATIONS: list[Mutation] = [
         "passes/share_queries.py",
         (
             "inherit from the wrong layer",
-            "anchor = _anchor(by_layer, anchor_layer, site)",
-            "anchor = _anchor(by_layer, anchor_layer - 1, site)",
+            "by_layer.get(anchor_layer, [])",
+            "by_layer.get(anchor_layer - 1, [])",
             SHARE,
+        ),
+        (
+            "send those who loop to the other front door",
+            "if len(candidates) > 1:",
+            "if False:",
+            f"{SHARE} -k runs_twice",
         ),
         ("inherit queries alone", "    site.node.update_arg(_KEY, anchor.node.args[_KEY])\n", "", SHARE),
         ("ignore another mask", 'return Reason.ANCHOR_MASK, ""', "pass", f"{SHARE} -k 'alone and mask'"),

@@ -244,6 +244,25 @@ def test_an_anchor_in_another_graph() -> None:
     assert not rewritten.ctx.dropped_keys
 
 
+def test_a_layer_that_runs_twice_is_no_anchor() -> None:
+    """A decoder that loops over its layers; each pass has a cache of its own."""
+
+    class Looped(Decoder):
+        def each(self) -> list[Any]:
+            return [self.layers[number] for number in (0, 1, 2, 1, 2, 3)]
+
+    model, x, masks = Looped(specs(4)), hidden_states(3), masks_for("cat", 3)
+    mine, theirs = (caches("cat", specs(6), PAST, 3) for _ in range(2))
+    with torch.no_grad():
+        wanted = model(x, masks, theirs)
+        rewritten = rewrite(model, x, masks, mine, plan=PLAN)
+    assert_same(rewritten.outputs[:1], [wanted[0]])
+    assert [s.layer for s in rewritten.sites] == [0, 1, 2, 1, 2, 3]
+    refused = {(s.layer, s.reason, s.detail) for s in rewritten.sites if s.status is Status.REFUSED}
+    why = (Reason.LAYER_UNKNOWN, "2 calls share the number of its anchor")
+    assert refused == {(2, *why), (3, *why)}
+
+
 def test_an_anchor_that_is_no_recognised_site() -> None:
     class Capped(Decoder):
         """Its second layer caps its logits."""
