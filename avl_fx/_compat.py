@@ -484,6 +484,16 @@ def is_last_recompile() -> bool:
     """Whether Dynamo may compile the current frame this once more, and runs it eagerly from then on."""
     compile_id = CompileContext.current_compile_id()
     number = getattr(compile_id, "frame_compile_id", None)
+    transaction = getattr(symbolic_convert.tls, "current_tx", None)
+    if isolation() and transaction is not None:
+        # Counted are graphs of this `torch.compile` alone.
+        from torch._dynamo import eval_frame
+
+        number = len(
+            eval_frame._get_cache_entries_for_region(
+                transaction.f_code, eval_frame.get_eval_frame_isolate_recompiles_id()
+            )
+        )
     return isinstance(number, int) and number >= dynamo_config.recompile_limit - 1
 
 

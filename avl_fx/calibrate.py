@@ -223,7 +223,7 @@ def _instrumented(model: nn.Module, compiler: str) -> Iterator[Observer]:
     # A new callable each time: Dynamo would reuse the code of an earlier, equal backend, in which nothing is observed.
     backend = functools.partial(avl_backend, options=options)
     with left_untouched(model), _compat.fresh_compilation(backend, model), torch.no_grad(), observing() as observer:
-        regions.compile(model, options=options, **_compat.isolation())
+        regions.compile(model, options=options)
         yield observer
 
 

@@ -87,7 +87,7 @@ def _compiled(model: nn.Module, *, plan: Plan, compiler: str) -> Iterator[None]:
     # A new callable each time: Dynamo reuses the code of an earlier backend that equals this one.
     backend = functools.partial(avl_backend, options=options)
     with _compat.fresh_compilation(backend, model):
-        regions.compile(model, plan, options=options, **_compat.isolation())
+        regions.compile(model, plan, options=options)
         try:
             yield
         finally:

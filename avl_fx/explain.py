@@ -117,7 +117,7 @@ def _bare(model: nn.Module, options: Mapping[str, Any], watch: Watch) -> None:
 
 
 def _by_regions(model: nn.Module, options: Mapping[str, Any], watch: Watch) -> None:
-    regions.compile(model, options=dict(options), **_compat.isolation())
+    regions.compile(model, options=dict(options))
     # Whatever generate calls: what the model is wrapped in, what it wraps, or (remote code) the decoder alone.
     decoder = find_region(model, "decoder")
     for module in (*wrapping(model), *(() if decoder is None else (decoder.module,))):

@@ -84,8 +84,9 @@ class NothingDone:
             log.warning(
                 "%s ran eagerly, so the plan that it was compiled with did nothing. Dynamo skips code that it met "
                 "under a TorchDispatchMode (torch.utils.flop_counter) for good, all code while it is switched off "
-                "(torch.compiler.set_stance, TORCH_COMPILE_DISABLE), and modules with hooks of accelerate (a "
-                "device_map over several devices). Fix: switch it on, torch._dynamo.reset(), or load it on one device.",
+                "(torch.compiler.set_stance, TORCH_COMPILE_DISABLE), modules with hooks of accelerate (a device_map "
+                "over several devices), and code that others compiled up to their recompile_limit (torch without "
+                "isolate_recompiles). Fix: switch it on, torch._dynamo.reset(), or load it on one device.",
                 self._name or "The model",
             )
         return result

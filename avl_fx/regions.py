@@ -42,8 +42,8 @@ _DECODER_SETTINGS: Mapping[str, Any] = {
 
 
 RECOMPILE_LIMIT = 16
-"""At least so many kinds of call under a plan that drops keys. Batches of 1, of another size and of any size, each with
-and without padding, prompts, and steps on a cache that is packed or grows: that is more than Dynamo's eight."""
+"""At least so many kinds of call of a decoder. Batches of 1, of another size and of any size, each with and without
+padding, prompts, and steps on a cache that is packed or grows: that is more than Dynamo's eight."""
 
 
 _SETTINGS_OF_DROPPED_KEYS: Mapping[str, Any] = {
@@ -111,10 +111,13 @@ def compile(model: nn.Module, plan: PlanSpec = None, **torch_compile_kwargs: Any
     # Of Qwen2.5-Omni the part that thinks is asked to generate: the forward of the whole is never called.
     generating = dict.fromkeys((*wrapping(model), *filter(can_generate, model.modules())))
     hooks: list[_Removable] = [handle for module in generating for handle in ModalityHook.install(module)]
+    # Each plan that is tried, and each model of a class, has graphs of its own, up to the limit.
+    kwargs = {**_compat.isolation(), **kwargs}
     for region in regions:
         settings = dict(_DECODER_SETTINGS) if region.role == "decoder" else {}
-        if not resolved.is_lossless and region.role != "vision":
-            settings |= {**_SETTINGS_OF_DROPPED_KEYS, "recompile_limit": RECOMPILE_LIMIT}
+        if region.role != "vision":
+            settings["recompile_limit"] = RECOMPILE_LIMIT
+            settings |= {} if resolved.is_lossless else _SETTINGS_OF_DROPPED_KEYS
         any_length = resolved.filters_prompts and region.role != "vision"
         silent = resolved == Plan.identity() or region.role == "vision" or kwargs.get("disable")
         watched = RegionWatch(region, None if silent else NothingDone(region.name, resolved.asks_for_positions))

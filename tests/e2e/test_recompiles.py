@@ -7,7 +7,9 @@ import torch
 
 import avl_fx
 from avl_fx import Plan
+from avl_fx._compat import isolation
 from avl_fx.errors import CaptureError
+from avl_fx.record import recording
 from tests.e2e._covering import rest_in_matrix
 from tests.e2e._doors import decoder_graphs, decoder_sites, through
 from tests.zoo import ZOO
@@ -80,6 +82,27 @@ def test_the_recompile_limit_is_an_error_that_says_what_to_do(monkeypatch):
         assert "output_attentions" in caught.value.remedy
         avl_fx.uncompile(model)
         assert torch.equal(answer(), expected)
+
+
+@pytest.mark.skipif(not isolation(), reason="this torch counts the graphs of all models of a class together")
+def test_one_plan_after_the_other():
+    """Each is tried on batches of two sizes; what the ones before it compiled is no reason to run it eagerly."""
+    zoo = ZOO["llava"]
+    model = zoo.make()
+    plans = [None, *(Plan.avl(core, 0.5, 3, text=None) for core in (0.1, 0.2, 0.3)), LAZY]
+    torch._dynamo.reset()
+    try:
+        for plan in plans:
+            with recording() as recorder:
+                avl_fx.compile(model, plan, options={"compiler": "eager", "strict": True})
+                for batch in (1, 2):
+                    prefill_and_decode(model, zoo.inputs(model, batch), "dynamic", steps=4)
+            sites = [site for graph in decoder_graphs(recorder) for site in decoder_sites(graph)]
+            assert {site.queries == 1 for site in sites} == {False, True}, "prompts and steps are compiled"
+            assert any(site.action.startswith(("lazy", "partitioned")) for site in sites) == (plan is not None)
+    finally:
+        avl_fx.uncompile(model)
+        torch._dynamo.reset()
 
 
 def test_batches_of_many_sizes_stay_below_the_limit():

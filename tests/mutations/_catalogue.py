@@ -1746,6 +1746,12 @@ MUTATIONS: list[Mutation] = [
     *_in(
         "avl_fx/regions.py",
         (
+            "count the graphs of all plans together",
+            "kwargs = {**_compat.isolation(), **kwargs}",
+            "pass",
+            "tests/e2e/test_recompiles.py -k one_plan",
+        ),
+        (
             "leave SDPA behind where a model was borrowed",
             "            inside.kernels.give_back()\n",
             "            pass\n",
