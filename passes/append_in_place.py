@@ -152,6 +152,8 @@ def _grows(node: fx.Node, placeholders: dict[fx.Node, int], returned: _Returned,
         return False
     if not same_size(sizes[2], (shape(root) or ())[2]) or fake(new).dtype != fake(past).dtype:
         return False
+    if fake(node).dtype != fake(root).dtype:  # autocast: attention reads a copy
+        return False
     if fake(past).requires_grad or fake(new).requires_grad:
         return False
     if returned.once(root) is None:

@@ -927,6 +927,12 @@ MUTATIONS: list[Mutation] = [
     *_in(
         "passes/append_in_place.py",
         (
+            "read rows where attention reads a cast of them",
+            "if fake(node).dtype != fake(root).dtype:",
+            "if False:",
+            "tests/passes/test_append_in_place.py -k another_dtype",
+        ),
+        (
             "copy latents on a GPU at each step",
             'site.device == "cpu" or decoded_latents(site) is not None',
             'site.device == "cpu"',

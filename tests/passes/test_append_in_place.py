@@ -32,7 +32,8 @@ class Step(torch.nn.Module):
     ):
         key, value = torch.cat([past_key, new_key], -2), torch.cat([past_value, new_value], -2)
         groups = HEADS // KV_HEADS
-        repeated = [x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (key, value)]
+        read = (key.to(query.dtype), value.to(query.dtype))
+        repeated = [x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in read]
         out = F.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.25)
         if self.extra == "sum of keys":
             return out, key, value, key.sum()
@@ -168,6 +169,18 @@ def test_a_cache_that_autograd_knows_keeps_its_rows_without_gradients_as_well():
 
 def test_not_where_inputs_are_copied_first():
     rewritten = run(Step(), tensors(), edit=lambda ctx: setattr(ctx, "spare_rows", False))
+    assert rewritten.result("append_in_place").count == 0
+
+
+@pytest.mark.parametrize("cast", [(3,), (4,), (3, 4)], ids=["keys", "values", "both"])
+def test_rows_that_attention_reads_in_another_dtype_keep_the_copy(cast):
+    """Under autocast rotated keys are float32 and queries are not."""
+    args = tensors()
+    for number in {3, 4} - {*cast}:  # where past rows stand; new ones stand two places before
+        args[number - 2] = args[number - 2].to(torch.bfloat16)
+        args[number] = reserve(args[number].to(torch.bfloat16))
+    args[0] = args[0].to(torch.bfloat16)
+    rewritten = run(Step(), args)
     assert rewritten.result("append_in_place").count == 0
 
 
