@@ -110,7 +110,8 @@ class AVLLayer(DynamicLayer):
     def select(self, take: Callable[[Tensor], Tensor]) -> None:
         """Replace the batch rows by ``take(rows)`` of keys and values."""
         self.values = take(self.values)
-        self.keys = marker(self.values, self.keys.shape[3]) if is_dropped(self.keys) else take(self.keys)
+        lacks = is_dropped(self.keys)
+        self.keys = marker(self.values, self.keys.shape[3], None, self.keys.dtype) if lacks else take(self.keys)
 
     def _check_fits(self, key_states: Tensor, value_states: Tensor) -> None:
         for name, stored, new in (("keys", self.keys, key_states), ("values", self.values, value_states)):

@@ -21,20 +21,21 @@ Nans = dict[tuple[torch.dtype, torch.device], Tensor]
 """What markers of one cache share. Not those of several: who wipes a cache may write to its markers."""
 
 
-def marker(like: Tensor, head_dim: int, shared: Nans | None = None) -> Tensor:
+def marker(like: Tensor, head_dim: int, shared: Nans | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """A stand-in for keys ``[*like.shape[:-1], head_dim]`` that occupies one element.
 
     Args:
-        like: a tensor of the same size but for the last dimension, dtype and device.
+        like: a tensor of the same size but for the last dimension, and device.
         head_dim: that of the keys.
         shared: what other markers of the same cache occupy; a new element is added where there is none.
+        dtype: that of the keys; default: that of ``like``.
     """
     shared = {} if shared is None else shared
-    key = (like.dtype, like.device)
+    key = (dtype or like.dtype, like.device)
     nan = shared.get(key)
     if nan is None:
         with torch.inference_mode(False):
-            nan = shared[key] = torch.full((), float("nan"), dtype=like.dtype, device=like.device)
+            nan = shared[key] = torch.full((), float("nan"), dtype=key[0], device=like.device)
     return nan.expand(*like.shape[:-1], head_dim)
 
 

@@ -190,7 +190,7 @@ class CompiledGraph:
             if drop.like_output is None:
                 mark_buffer(outputs[drop.output])
             else:
-                outputs[drop.output] = marker(outputs[drop.like_output], drop.head_dim, shared)
+                outputs[drop.output] = marker(outputs[drop.like_output], drop.head_dim, shared, drop.dtype)
 
     def _pass_on(self, args: Sequence[Any], outputs: list[Any], visual: Tensor | None) -> Tensor | None:
         """Let visual positions ride on; returns those of this forward where they are known."""

@@ -44,6 +44,8 @@ class DroppedKeys:
     output: int | None = None
     like_output: int | None = None
     """Position of the layer's values in the outputs: same batch, heads and length as the dropped keys."""
+    dtype: torch.dtype | None = None
+    """That of the dropped keys; under autocast it may be another than that of the values."""
     placeholder: int | None = None
 
 

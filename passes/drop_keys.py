@@ -57,8 +57,9 @@ def drop_keys(
         if len(emptied) != 1 or len(like) != 1:
             return Reason.KEYS_ESCAPE, f"keys are returned {len(emptied)} times, values {len(like)} times"
         if not _marker_fits(returned[emptied[0]], returned[like[0]], head_dim):
-            return Reason.KEYS_ESCAPE, "keys are returned in another shape or dtype than values"
-        drops.append(DroppedKeys(site.layer, head_dim, output=emptied[0], like_output=like[0]))
+            return Reason.KEYS_ESCAPE, "keys are returned in another shape than values"
+        dtype = fake(returned[emptied[0]]).dtype
+        drops.append(DroppedKeys(site.layer, head_dim, output=emptied[0], like_output=like[0], dtype=dtype))
         # The position is only emptied: `finish_outputs` closes the gaps once all layers are done.
         returned[emptied[0]] = None
         output.args = (tuple(returned),)
@@ -79,7 +80,7 @@ def _marker_fits(key: fx.Node, value: fx.Node, head_dim: int) -> bool:
     """
     wanted = (*(shape(value) or ())[:-1], head_dim)
     own = shape(key) or ()
-    if len(own) != len(wanted) or fake(key).dtype != fake(value).dtype:
+    if len(own) != len(wanted):
         return False
     sizes = zip(own, wanted, strict=True)
     return all(same_size(a, b) or not (isinstance(a, int) or isinstance(b, int)) for a, b in sizes)

@@ -9,6 +9,7 @@ import contextlib
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from avl_fx import AVLCache, Plan
 from avl_fx.errors import CacheStateError
@@ -60,7 +61,12 @@ def check(plan, cache, compiler):
     assert largest(got, exact) <= 3 * largest(expected, exact) + LOGIT_STEP
     sites = [s for g in decoder_graphs(recorder) for s in decoder_sites(g)]
     assert {(s.status, s.dtype) for s in sites} == {(Status.REWRITTEN, "bfloat16")}
+    assert stored_dtypes(got.cache) == stored_dtypes(expected.cache)
     return recorder
+
+
+def stored_dtypes(cache):
+    return [] if cache is None else [(layer.keys.dtype, layer.values.dtype) for layer in cache.layers]
 
 
 CHOSEN = [("gla", "none"), ("avl", "dynamic")]
@@ -74,6 +80,18 @@ def test_as_near_to_float32_as_the_oracle(case):
 @pytest.mark.matrix
 def test_as_near_to_float32_as_the_oracle_through_inductor():
     check("gla", "dynamic", "inductor")
+
+
+@pytest.mark.parametrize("plan", rest_in_matrix([*PLANS], ["identity", "gla"]))
+def test_a_cache_of_two_dtypes(plan, monkeypatch):
+    """Before transformers 5.24 values are stored in the dtype of keys."""
+
+    def apart(layer, keys, values):
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        layer.keys, layer.values = (torch.tensor([], dtype=x.dtype, device=x.device) for x in (keys, values))
+
+    monkeypatch.setattr(DynamicLayer, "lazy_initialization", apart)
+    check(plan, "dynamic", "eager")
 
 
 def test_a_compact_cache_that_would_have_to_be_cast_is_refused():

@@ -433,6 +433,12 @@ MUTATIONS: list[Mutation] = [
     *_in(
         "avl_fx/runtime.py",
         (
+            "give what stands for keys the dtype of values",
+            "drop.head_dim, shared, drop.dtype)",
+            "drop.head_dim, shared)",
+            "tests/e2e/test_autocast.py -k two_dtypes",
+        ),
+        (
             "forget what an earlier graph spliced in",
             "            visual = visual | earlier.to(visual.device)  # images in one graph, videos in the next\n",
             "            pass\n",
