@@ -1126,8 +1126,8 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "count the tower's sizes as the decoder's",
-            'if not resolved.is_lossless and region.role != "vision":',
-            "if not resolved.is_lossless:",
+            'if region.role != "vision":\n            settings',
+            "if True:\n            settings",
             f"{CAUSAL} -k recompile",
         ),
     ),
