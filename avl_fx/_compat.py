@@ -455,8 +455,13 @@ def cpp_compiler() -> str | None:
 
 def frame_modules() -> FrameModules:
     """The modules reachable from the frame that is being compiled right now."""
-    transaction = getattr(symbolic_convert.tls, "current_tx", None)
+    transaction = _transaction()
     return FrameModules({} if transaction is None else transaction.f_locals)
+
+
+def _transaction() -> Any:
+    """What Dynamo knows of the frame that it is compiling right now; ``None`` when it compiles none."""
+    return getattr(symbolic_convert.tls, "current_tx", None)
 
 
 @functools.cache
@@ -482,18 +487,16 @@ def inductor_modes() -> dict[str, dict[str, Any]]:
 
 def is_last_recompile() -> bool:
     """Whether Dynamo may compile the current frame this once more, and runs it eagerly from then on."""
-    compile_id = CompileContext.current_compile_id()
-    number = getattr(compile_id, "frame_compile_id", None)
-    transaction = getattr(symbolic_convert.tls, "current_tx", None)
+    transaction = _transaction()
+    number: int | None
     if isolation() and transaction is not None:
         # Counted are graphs of this `torch.compile` alone.
         from torch._dynamo import eval_frame
 
-        number = len(
-            eval_frame._get_cache_entries_for_region(
-                transaction.f_code, eval_frame.get_eval_frame_isolate_recompiles_id()
-            )
-        )
+        region = eval_frame.get_eval_frame_isolate_recompiles_id()
+        number = len(eval_frame._get_cache_entries_for_region(transaction.f_code, region))
+    else:
+        number = getattr(CompileContext.current_compile_id(), "frame_compile_id", None)
     return isinstance(number, int) and number >= dynamo_config.recompile_limit - 1
 
 

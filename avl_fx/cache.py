@@ -110,8 +110,8 @@ class AVLLayer(DynamicLayer):
     def select(self, take: Callable[[Tensor], Tensor]) -> None:
         """Replace the batch rows by ``take(rows)`` of keys and values."""
         self.values = take(self.values)
-        lacks = is_dropped(self.keys)
-        self.keys = marker(self.values, self.keys.shape[3], None, self.keys.dtype) if lacks else take(self.keys)
+        dropped, width, dtype = is_dropped(self.keys), self.keys.shape[3], self.keys.dtype
+        self.keys = marker(self.values, width, dtype=dtype) if dropped else take(self.keys)
 
     def _check_fits(self, key_states: Tensor, value_states: Tensor) -> None:
         for name, stored, new in (("keys", self.keys, key_states), ("values", self.values, value_states)):

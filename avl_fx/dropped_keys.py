@@ -31,11 +31,12 @@ def marker(like: Tensor, head_dim: int, shared: Nans | None = None, dtype: torch
         dtype: that of the keys; default: that of ``like``.
     """
     shared = {} if shared is None else shared
-    key = (dtype or like.dtype, like.device)
+    dtype = dtype or like.dtype
+    key = (dtype, like.device)
     nan = shared.get(key)
     if nan is None:
         with torch.inference_mode(False):
-            nan = shared[key] = torch.full((), float("nan"), dtype=key[0], device=like.device)
+            nan = shared[key] = torch.full((), float("nan"), dtype=dtype, device=like.device)
     return nan.expand(*like.shape[:-1], head_dim)
 
 
