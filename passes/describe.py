@@ -201,13 +201,17 @@ def _role(site: Site, module: torch.nn.Module | None, anchor: fx.Node, ctx: Pass
     if site.kind == "cross":
         return "cross"
     known = ctx.decoder_modules
-    if site.cache in ("dynamic", "static") or (known is not None and module in known):
-        # A decoder's prefix may see itself whole (PaliGemma), and without a cache nothing else tells.
+    declared = getattr(module, "is_causal", None)
+    if site.cache in ("dynamic", "static"):
         return "decoder"
+    if known is not None and module in known:
+        # A decoder's prefix may see itself whole (PaliGemma), and without a cache the module alone tells. One that says
+        # nothing may attend to something else than tokens: to what the layers before have added (Inkling 2).
+        shows = site.queries == 0 or (site.cache, site.mask) != ("none", "none")
+        return "decoder" if shows or declared is not None else "unknown"
     if known is not None and (module is not None or not known):
         # Which may be causal all the same (DeepSeek-OCR 2).
         return "encoder"
-    declared = getattr(module, "is_causal", None)
     if site.cache != "none" or site.mask == "causal" or declared is True:
         return "decoder"
     if declared is False:

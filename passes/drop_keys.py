@@ -16,7 +16,7 @@ from avl_fx.passes.context import DroppedKeys, PassContext
 from avl_fx.passes.nodes import METADATA_OPS, alias_root, aliases, fake, mutated_input, op, same_size, shape, writes_to
 from avl_fx.passes.site import Reason, Site
 
-__all__ = ["drop_keys", "output_positions"]
+__all__ = ["drop_keys", "output_positions", "readers"]
 
 
 def drop_keys(
@@ -97,14 +97,14 @@ def _buffers(root: fx.Node) -> list[fx.Node] | None:
     ``root`` is itself such a buffer when the site read its keys from the cache.
     """
     if _is_written(root):
-        return [root] if not _readers(root) else None
+        return [root] if not readers(root) else None
     buffers: list[fx.Node] = []
-    for reader in _readers(root):
+    for reader in readers(root):
         target = mutated_input(reader)
         if target is None:
             return None
         buffer = alias_root(target)
-        if _readers(buffer):
+        if readers(buffer):
             return None
         if buffer not in buffers:
             buffers.append(buffer)
@@ -115,7 +115,7 @@ def _is_written(root: fx.Node) -> bool:
     return bool(writes_to(root))
 
 
-def _readers(root: fx.Node) -> list[fx.Node]:
+def readers(root: fx.Node) -> list[fx.Node]:
     """Nodes that read elements of ``root``, apart from views, writes to ``root`` itself and the graph's output.
 
     A buffer that is rolled into itself (a full sliding window) reads itself: that does not count either.

@@ -13,14 +13,14 @@ may; `substitute_visual` and `inherit_scores` rewrite them.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Any
 
 from torch import fx
 
 from avl_fx.passes.context import PassContext
-from avl_fx.passes.drop_keys import drop_keys
-from avl_fx.passes.nodes import mutated_input, written_between
+from avl_fx.passes.drop_keys import drop_keys, readers
+from avl_fx.passes.nodes import alias_root, mutated_input, written_between
 from avl_fx.passes.rewrite import remove_dead
 from avl_fx.passes.site import PassResult, Reason, Site, Status
 
@@ -41,7 +41,6 @@ def share_queries(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     if policy is None:
         return result
     by_layer = _by_layer(ctx)
-    readers = Counter(site.node.args[_KEY] for site in decoder_sites(ctx) if site.node is not None)
     removable: list[fx.Node] = []
     for site in decoder_sites(ctx):
         anchor_layer = None if site.layer is None else policy.anchor_of(site.layer)
@@ -57,7 +56,7 @@ def share_queries(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
                 refusal = Reason.ANCHOR_KIND, f"layer {anchor_layer} has no attention"
             if refusal is None and policy.mode != "gla" and site.kind != "full":
                 refusal = Reason.POSITION_MASK, site.kind
-            if refusal is None and policy.mode != "gla" and readers[site.node.args[_KEY]] > 1:  # type: ignore[union-attr]
+            if refusal is None and policy.mode != "gla" and not _reads_alone(site):
                 refusal = Reason.ANCHOR_KEYS, ""
             if refusal is not None:
                 result.refuse(site, *refusal)
@@ -80,6 +79,13 @@ def decoder_sites(ctx: PassContext) -> list[Site]:
     """Sites of the language decoder, cross-attention included; the plan's layer numbers mean these."""
     towers = {s.tower for s in ctx.sites if s.role == "decoder"}
     return [s for s in ctx.sites if s.role in DECODER_ROLES and s.tower in towers]
+
+
+def _reads_alone(site: Site) -> bool:
+    """Whether nothing else reads the keys that ``site`` reads: a layer without a cache, in whatever way it attends."""
+    assert site.node is not None
+    key = site.node.args[_KEY]
+    return all(reader is site.node for reader in readers(alias_root(key)))  # type: ignore[arg-type]
 
 
 def lazy_blocks(ctx: PassContext) -> list[tuple[Site, list[Site]]]:

@@ -34,6 +34,7 @@ class Reason(enum.StrEnum):
     WEIGHTS_USED = "attention weights are used elsewhere"
     LOGITS = "logits are not query @ key with one scale and one mask"
     SOFTCAP = "logits are soft-capped"
+    SINKS = "some attention weights are cut off (attention sinks)"
     SOFTMAX_DIM = "softmax is not over the keys"
     MASK = "mask cannot be carried exactly"
     FLEX = "flex_attention: its mask is a program"
@@ -83,7 +84,8 @@ class Site:
     tower: str | None = None
     """Module path of the tower's layers, for instance ``model.language_model.layers``."""
     role: str = "unknown"
-    """``decoder``, ``encoder`` (bidirectional, no cache; or of another part of the model), ``cross`` or ``unknown``."""
+    """``decoder``, ``encoder`` (bidirectional, no cache; or of another part of the model), ``cross`` or ``unknown``
+    (between others: what attends to something else than tokens)."""
     layer: int | None = None
     depth: int | None = None
     """Number of layers of the tower, where the model tells."""

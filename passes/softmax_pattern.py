@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from avl_fx.passes.nodes import arg, const, fake, number, op, same_shape, shape, tensor_inputs, where_args
+from avl_fx.passes.nodes import arg, const, fake, number, op, same_shape, same_size, shape, tensor_inputs, where_args
 from avl_fx.passes.rewrite import insert_call
 from avl_fx.passes.site import Reason
 
@@ -16,6 +16,7 @@ __all__ = ["NotAttention", "Refusal", "SoftmaxMatch", "match_softmax"]
 
 _CASTS = frozenset({"to", "float", "type", "type_as", "bfloat16", "half", "double"})
 _MATMULS = frozenset({"matmul", "bmm"})
+_CUTS = frozenset({"getitem", "narrow"})
 
 
 class NotAttention(Exception):
@@ -84,10 +85,13 @@ def match_softmax(node: fx.Node) -> SoftmaxMatch:
 
 
 def _walk_forward(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """From the softmax over casts and idle dropout to the product with the values."""
+    """From the softmax over casts and idle dropout to the product with the values.
+
+    A sink is a column of logits behind the keys whose weights are cut off again.
+    """
     if len(shape(node) or ()) != 4:
         raise NotAttention
-    current, used_elsewhere = node, False
+    current, used_elsewhere, cut = node, False, False
     dropout: fx.Node | None = None
     while True:
         steps = [u for u in current.users if _keeps_weights(u) and u.args and u.args[0] is current]
@@ -95,6 +99,8 @@ def _walk_forward(node: fx.Node) -> tuple[fx.Node, fx.Node]:
         if len(products) == 1:
             output = products[0]
             value = arg(output, 1, "other")
+            if cut:
+                raise Refusal(Reason.SINKS, "", value)
             if len(current.users) > 1 or used_elsewhere:
                 raise Refusal(Reason.WEIGHTS_USED, "", value)
             if dropout is not None:
@@ -106,6 +112,7 @@ def _walk_forward(node: fx.Node) -> tuple[fx.Node, fx.Node]:
             raise NotAttention
         used_elsewhere |= len(current.users) > 1
         current = steps[0]
+        cut |= op(current) in _CUTS
         if op(current) == "dropout":
             rate = const(arg(current, 1, "p", 0.5))
             if rate != 0.0 and arg(current, 2, "training", True) is not False:
@@ -113,6 +120,10 @@ def _walk_forward(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _keeps_weights(node: fx.Node) -> bool:
+    """Whether ``node`` gives the weights that it takes, of all keys or of some."""
+    if op(node) in _CUTS:
+        before, after = shape(node.args[0]), shape(node)
+        return before is not None and after is not None and all(map(same_size, after[:-1], before[:-1]))
     return op(node) == "dropout" or (op(node) in _CASTS and fake(node).dtype.is_floating_point)
 
 
@@ -121,15 +132,17 @@ def _walk_back(softmax: fx.Node, output: fx.Node, value: fx.Node) -> SoftmaxMatc
     scale = 1.0
     mask: Callable[[], fx.Node | None] | None = None
     source: fx.Node | None = None
+    beside: set[fx.Node] = set()
     current = arg(softmax, 0, "input")
     while True:
         if not isinstance(current, fx.Node):
             raise Refusal(Reason.LOGITS, "not a tensor", value)
         name = op(current)
-        if name not in _MATMULS and len(current.users) > 1:
+        elsewhere = len(current.users.keys() - beside) > 1
+        if name not in _MATMULS and elsewhere:
             raise Refusal(Reason.WEIGHTS_USED, f"logits after {name}", value)
         if name in _MATMULS:
-            if len(current.users) > 1:
+            if elsewhere:
                 raise Refusal(Reason.WEIGHTS_USED, "logits", value)
             query, key = arg(current, 0, "input"), arg(current, 1, "other")
             return SoftmaxMatch(output, current, query, key, value, scale, mask or (lambda: None), source)
@@ -149,10 +162,27 @@ def _walk_back(softmax: fx.Node, output: fx.Node, value: fx.Node) -> SoftmaxMatc
             if mask is not None:
                 raise Refusal(Reason.MASK, "more than one mask", value)
             current, source, mask = _filled(current, output, value)
+        elif (maximum := _maximum_taken_off(current)) is not None:
+            current = current.args[0]
+            beside.add(maximum)
         elif name == "tanh":
             raise Refusal(Reason.SOFTCAP, "", value)
         else:
             raise Refusal(Reason.LOGITS, f"{name or current.op} before the softmax", value)
+
+
+def _maximum_taken_off(node: fx.Node) -> fx.Node | None:
+    """The maximum of ``logits - logits.max(-1, keepdim=True).values``: a softmax is the same without it."""
+    logits, values = arg(node, 0, "input"), arg(node, 1, "other")
+    if op(node) != "sub" or node.kwargs.get("alpha", 1) != 1 or not isinstance(values, fx.Node):
+        return None
+    maximum = values.args[0] if op(values) == "getitem" and values.args[1] == 0 else values
+    if not isinstance(maximum, fx.Node) or op(maximum) not in ("max", "amax") or len(values.users) != 1:
+        return None
+    dim, rank = arg(maximum, 1, "dim"), len(shape(node) or ())
+    over_keys = isinstance(dim, int) and dim % rank == rank - 1 and arg(maximum, 2, "keepdim", False) is True
+    alone = all(user is values or not user.users for user in maximum.users) or values is maximum
+    return maximum if over_keys and alone and maximum.args[0] is logits else None
 
 
 def _constant(node: fx.Node) -> Callable[[], fx.Node | None]:

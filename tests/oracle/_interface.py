@@ -101,7 +101,7 @@ def _interface(
     if module not in _in_charge:
         kwargs |= {} if position_bias is None else {"position_bias": position_bias}
         return _STOCK(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs)
-    unknown = [name for name in ("softcap", "s_aux", "indices") if kwargs.get(name) is not None]
+    unknown = [name for name in ("softcap", "s_aux", "sinks", "indices") if kwargs.get(name) is not None]
     if unknown or kwargs.get("dropout"):
         raise NotImplementedError(f"the oracle does not know {unknown or 'dropout'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -150,6 +150,44 @@ def logits_shifted_by_a_maximum(query, key, value):
 
 
 @case(Reason.LOGITS)
+def logits_less_twice_their_maximum(query, key, value):
+    """The same to a softmax, but what is taken off has the logits in it a second time."""
+    scores = logits(query, key)
+    return torch.softmax(torch.sub(scores, scores.amax(-1, keepdim=True), alpha=2), dim=-1) @ value
+
+
+@case(Reason.LOGITS)
+def logits_less_the_maximum_over_queries(query, key, value):
+    scores = logits(query, key)
+    return torch.softmax(scores - scores.amax(-2, keepdim=True), dim=-1) @ value
+
+
+@case(Reason.LOGITS)
+def maximum_of_the_logits_returned(query, key, value):
+    scores = logits(query, key)
+    maximum = scores.max(-1, keepdim=True).values
+    return torch.softmax(scores - maximum, dim=-1) @ value, maximum
+
+
+@case(Reason.LOGITS)
+def place_of_the_maximum_returned(query, key, value):
+    scores = logits(query, key)
+    maximum, place = scores.max(-1, keepdim=True)
+    return torch.softmax(scores - maximum, dim=-1) @ value, place
+
+
+@case(Reason.LOGITS)
+def maximum_less_the_logits(query, key, value):
+    scores = logits(query, key)
+    return torch.softmax(scores.amax(-1, keepdim=True) - scores, dim=-1) @ value
+
+
+@case(Reason.LOGITS)
+def logits_less_the_maximum_of_others(query, key, value):
+    return torch.softmax(logits(query, key) - query.amax(-1, keepdim=True), dim=-1) @ value
+
+
+@case(Reason.LOGITS)
 def logits_rounded(query, key, value):
     scores = query @ key.transpose(-1, -2)
     return torch.softmax(torch.div(scores, 0.5, rounding_mode="floor"), dim=-1) @ value
@@ -258,6 +296,36 @@ def mask_broadcasts_the_logits(query, key, value, mask):
 @case(Reason.MASK, lambda: (*qkv(), torch.randint(0, 3, (2, 1, 5, 5))))
 def mask_of_integers(query, key, value, mask):
     return torch.softmax(logits(query, key) + mask, dim=-1) @ value
+
+
+# ---- some weights are cut off ----------------------------------------------------------------------------------------
+
+
+@case(Reason.SINKS, lambda: (*qkv(), torch.full((4,), 0.3)))
+def sinks(query, key, value, sinks):
+    scores = logits(query, key)
+    column = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1] @ value
+
+
+@case(Reason.SINKS, lambda: (*qkv(), torch.full((4,), 0.3)))
+def sinks_less_the_maximum(query, key, value, sinks):
+    """With casts and idle dropout, as GPT-OSS writes it."""
+    scores = torch.cat([logits(query, key), sinks.reshape(1, -1, 1, 1).expand(*query.shape[:-1], 1)], dim=-1)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32)[..., :-1]
+    return F.dropout(weights, 0.0, False).to(value.dtype) @ value
+
+
+@case(Reason.SINKS)
+def weights_narrowed(query, key, value):
+    return torch.softmax(logits(query, key), dim=-1).narrow(-1, 0, 3) @ value[:, :, :3]
+
+
+@case(None)
+def one_query_of_a_softmax(query, key, value):
+    """What is cut off are queries, not keys."""
+    return torch.softmax(logits(query, key), dim=-1)[:, :, -1:] @ value
 
 
 # ---- the softmax is something else -----------------------------------------------------------------------------------

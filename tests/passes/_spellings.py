@@ -49,6 +49,7 @@ class Spelling:
     transpose: str = "(2, 3)"  # (2, 3), (-1, -2), mT, permute
     product: str = "torch.matmul"  # torch.matmul, @, method
     softmax: str = "functional"  # functional, torch, method, module
+    maximum: str = "kept"  # kept; taken off the logits, which changes nothing: max, amax
     upcast: str = "none"  # none, dtype (softmax in float32), logits (everything after the product)
     dropout: str = "none"  # none, zero, eval, module
     cache: str = "none"
@@ -309,6 +310,10 @@ class _Attention(nn.Module):
             logits = logits.masked_fill(~visible, fill)
         elif mask is not None:
             logits = self._masked(logits, mask)
+        if s.maximum == "max":
+            logits = logits - logits.max(dim=-1, keepdim=True).values
+        elif s.maximum == "amax":
+            logits = torch.sub(logits, torch.amax(logits, -1, keepdim=True))
         weights = self._normalised(logits)
         if s.upcast != "none":
             weights = weights.to(value.dtype)

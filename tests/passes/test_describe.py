@@ -122,6 +122,24 @@ def test_where_the_decoder_is_known_looks_do_not_count(of: str, role: str, causa
     assert found.site.role == role
 
 
+@pytest.mark.parametrize(
+    ("attributes", "mask", "role"),
+    [({}, None, "unknown"), ({"is_causal": False}, None, "decoder"), ({}, torch.zeros(5, 5), "decoder")],
+)
+def test_a_decoder_may_attend_to_something_else_than_tokens(attributes: dict[str, Any], mask: Any, role: str) -> None:
+    """No cache, no mask, and a module that says nothing about order: it may be anything."""
+    module = Attention(**attributes)
+    found = rewrite(
+        Holder(module),
+        inputs(),
+        None,
+        mask,
+        stages=(find_attention,),
+        edit=lambda ctx: setattr(ctx, "decoder_modules", frozenset({module})),
+    )
+    assert found.site.role == role
+
+
 def test_a_module_that_cannot_be_reached_may_be_any() -> None:
     """A name in the graph that leads nowhere says nothing about the decoder, wherever that is."""
 

@@ -69,6 +69,7 @@ def spellings(draw: st.DrawFn, **fixed: object) -> Spelling:
             "transpose": draw(pick("(2, 3)", "(-1, -2)", "mT", "permute")),
             "product": draw(pick("torch.matmul", "@", "method")),
             "softmax": draw(pick("functional", "torch", "method", "module")),
+            "maximum": draw(pick("kept", "kept", "max", "amax")),
             "upcast": draw(pick("none", "dtype", "logits")),
             "dropout": draw(pick("none", "zero", "eval", "module")),
         }
@@ -120,6 +121,7 @@ SOFTMAX_CHANGES: dict[str, tuple[object, ...]] = {
     "transpose": ("(-1, -2)", "mT", "permute"),
     "product": ("@", "method"),
     "softmax": ("torch", "method", "module"),
+    "maximum": ("max", "amax"),
     "upcast": ("none", "logits"),
     "dropout": ("zero", "eval", "module"),
 }

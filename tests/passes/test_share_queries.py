@@ -11,6 +11,8 @@ from torch import Tensor
 
 from avl_fx.dropped_keys import is_dropped
 from avl_fx.passes.context import DroppedKeys
+from avl_fx.passes.find_attention import find_attention
+from avl_fx.passes.share_queries import share_queries
 from avl_fx.passes.site import Reason, Status
 from avl_fx.plan import Plan
 from tests.passes._decoder import Decoder, LayerSpec, caches, expected, hidden_states, specs
@@ -266,7 +268,8 @@ def test_a_layer_that_runs_twice_is_no_anchor() -> None:
     assert refused == {(2, *why), (3, *why)}
 
 
-def test_an_anchor_that_is_no_recognised_site() -> None:
+@pytest.mark.parametrize("arguments", [((-1,), {}), ((), {"dim": -1})], ids=["by position", "by name"])
+def test_an_anchor_that_is_no_recognised_site(arguments: Any) -> None:
     class Capped(Decoder):
         """Its second layer caps its logits."""
 
@@ -278,7 +281,8 @@ def test_an_anchor_that_is_no_recognised_site() -> None:
             attention = self.layers[1].attention
             key, value = (x.repeat_interleave(2, dim=1) for x in (key, value))
             logits = torch.tanh(query @ key.transpose(2, 3) * 0.3).masked_fill(~mask, -torch.inf)
-            return attention.o_proj((torch.softmax(logits, -1) @ value).transpose(1, 2).flatten(2))
+            weights = torch.softmax(logits, *arguments[0], **arguments[1])
+            return attention.o_proj((weights @ value).transpose(1, 2).flatten(2))
 
     model, x, masks = Capped(), hidden_states(1), masks_for("cat", 1)
     with torch.no_grad():
@@ -317,6 +321,32 @@ def test_keys_that_another_layer_reads_stay() -> None:
     assert_same(rewritten.outputs[:1], [wanted])
     assert rewritten.sites[2].reason is Reason.KEYS_ESCAPE
     assert_same([mine[2][1]], [theirs[2][1]])
+
+
+@pytest.mark.parametrize("mode", ["vla", "vla_scores"])
+def test_keys_that_a_layer_reads_in_its_own_way_are_not_mixed_with_others(mode: Any) -> None:
+    class Capped(Borrowing):
+        """The layer that borrows caps its logits: it is dense, on keys that have to be those that it knows."""
+
+        def forward(self, x: Tensor, masks: Any, cached: Any) -> Any:
+            x, stored, _ = Decoder.forward(self, x, masks, cached)
+            query = self.layers[3].attention.project(x, x)[0]
+            key, value = (t.repeat_interleave(2, dim=1) for t in cached[2][1:3])
+            weights = torch.softmax(torch.tanh(query @ key.transpose(2, 3)), dim=-1)
+            return x + (weights @ value).transpose(1, 2).flatten(2), stored
+
+    x, masks = hidden_states(3), masks_for("static", 3)
+    with torch.no_grad():
+        rewritten = rewrite(
+            Capped(specs(4)),
+            x,
+            masks,
+            caches("static", specs(4), PAST, 3),
+            plan=Plan.lazy([(1, 3)], mode),
+            stages=(find_attention, share_queries),
+        )
+    assert rewritten.reasons == [None, None, Reason.ANCHOR_KEYS, None, Reason.SOFTCAP]
+    assert rewritten.sites[3].action.startswith("lazy")
 
 
 class Transposing(Decoder):
