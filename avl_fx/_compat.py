@@ -10,7 +10,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast, get_origin
+from typing import Any, Protocol, cast, get_origin
 
 import torch
 from torch import fx
@@ -28,6 +28,7 @@ __all__ = [
     "CACHE_NAMES",
     "BackendErrorBase",
     "FrameModules",
+    "Watch",
     "attention_implementation",
     "cache_argument",
     "cache_of",
@@ -46,6 +47,7 @@ __all__ = [
     "inductor_modes",
     "is_compiled",
     "isolation",
+    "raise_recompile_limits",
     "readable",
     "recompile_limit",
     "set_attention_implementation",
@@ -238,12 +240,22 @@ def visible_implementation(module: torch.nn.Module, config: Any) -> str | None:
     return "sdpa" if best is None else cast(str, best(None))
 
 
+class Watch(Protocol):
+    """Who makes the calls of a compiled module."""
+
+    @property
+    def pieces(self) -> int:
+        """How many graphs one kind of call takes, as far as that is known."""
+
+    def __call__(self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any: ...
+
+
 def compile_module(
     module: torch.nn.Module,
     settings: Mapping[str, Any],
     kwargs: Mapping[str, Any],
     limit_hit: Callable[[], Exception],
-    watched: Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any] | None = None,
+    watched: Watch | None = None,
     any_length: bool = False,
 ) -> None:
     """``module.compile(**kwargs)`` with Dynamo settings that hold around its calls and nowhere else.
@@ -251,24 +263,36 @@ def compile_module(
     ``watched``, if any, is given what is called, and the arguments of each call, to make it. ``any_length``: the length
     of a prompt is left open in its graph, from the first prompt on.
 
-    ``recompile_limit`` among the settings is the least one: users may raise theirs. ``limit_hit`` makes what is raised
-    where the settings forbid to run eagerly past it.
+    ``recompile_limit`` among the settings is the least one for each piece that ``watched`` knows of: users may raise
+    theirs. ``limit_hit`` makes what is raised where the settings forbid to run eagerly past it.
     """
+    least = settings.get("recompile_limit", 0)
     module.compile(**kwargs)
     compiled = module._compiled_call_impl
     assert compiled is not None
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        limit = max(settings.get("recompile_limit", 0), dynamo_config.recompile_limit)
         if any_length:
             _leave_length_open(args, kwargs)
-        with dynamo_config.patch({**settings, "recompile_limit": limit}):
+        with dynamo_config.patch({**settings, **_recompile_limits(least * (watched.pieces if watched else 1))}):
             try:
                 return watched(compiled, args, kwargs) if watched else compiled(*args, **kwargs)
             except FailOnRecompileLimitHit as error:
                 raise limit_hit() from error
 
     module._compiled_call_impl = call if settings or watched else compiled
+
+
+def _recompile_limits(least: int) -> dict[str, int]:
+    """Dynamo's settings under which a code object has at least so many graphs."""
+    names = ("recompile_limit", "accumulated_recompile_limit")
+    return {name: max(least, getattr(dynamo_config, name)) for name in names}
+
+
+def raise_recompile_limits(factor: int) -> None:
+    """Let the call that is running compile ``factor`` times as often; `compile_module` sets back what it found."""
+    for name, limit in _recompile_limits(factor * dynamo_config.recompile_limit).items():
+        setattr(dynamo_config, name, limit)
 
 
 def _leave_length_open(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from avl_fx.passes.share_queries import decoder_sites
 from avl_fx.passes.site import Site, Status
 from avl_fx.plan import Plan
 from avl_fx.record import GraphRecord, active_recorder
-from avl_fx.region_call import region_decoder
+from avl_fx.region_call import note_pieces, region_decoder
 from avl_fx.runtime import CompiledGraph
 from avl_fx.token_ids import audio_token_ids
 
@@ -90,7 +90,7 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: B
         gm = untouched
         ctx = _make_context(gm, example_inputs, options)
     record.pass_seconds = time.perf_counter() - start
-    _warn_of_dense_layers(ctx, options)
+    _notice_pieces(ctx, options)
     if frame is not None and not ctx.sites and record.linears["before"] and options.plan != Plan.identity():
         for kernel in opaque_kernels(frame):
             warn_of_hidden_attention(kernel, str(options.plan))
@@ -158,16 +158,23 @@ def _check_cache(ctx: PassContext, options: BackendOptions) -> None:
         )
 
 
-def _warn_of_dense_layers(ctx: PassContext, options: BackendOptions) -> None:
-    """Say when a plan that drops keys meets a capture under which some layers may run densely, unseen."""
+def _notice_pieces(ctx: PassContext, options: BackendOptions) -> None:
+    """Make room for the pieces of a decoder, and say when some of its layers may run densely, unseen."""
     sites = decoder_sites(ctx)
-    if options.plan.is_lossless or not sites:
+    if not sites:
         return
     layers, expected = {s.layer for s in sites}, ctx.expected_layers or sites[0].depth
     attending = None if expected is None else expected - len(ctx.without_attention)
+    by_region = region_decoder() is not None
     if attending is not None and len(layers) < attending:
-        warn_of_pieces(len(layers), attending, region_decoder() is not None, str(options.plan))
-    if _compat.is_last_recompile():
+        factor = note_pieces(-(-attending // len(layers)))
+        if factor > 1:
+            _compat.raise_recompile_limits(factor)
+        if not options.plan.is_lossless:
+            warn_of_pieces(len(layers), attending, by_region, str(options.plan))
+    if options.plan.is_lossless:
+        return
+    if not by_region and _compat.is_last_recompile():
         log.warning(
             "Dynamo compiles this frame for the last time (torch._dynamo.config.recompile_limit) and will run new "
             "shapes eagerly, where the keys of lazy layers are missing and logits become NaN. Raise the limit, mark "

@@ -11,7 +11,7 @@ from torch import nn
 from avl_fx import _compat
 from avl_fx.modality import carried, given, pop_given, push_given
 from avl_fx.region import Region
-from avl_fx.region_call import call_region
+from avl_fx.region_call import RunningRegion, call_region
 from avl_fx.runtime import calls, decoder_calls
 from avl_fx.spliced_rows import SplicedRows
 
@@ -29,6 +29,12 @@ class RegionWatch:
     def __init__(self, region: Region, notice: NothingDone | None) -> None:
         self._region, self._notice = region, notice
         self._spliced = SplicedRows(region.module) if region.role == "decoder" else None
+        self._running = RunningRegion(self._decoder)
+
+    @property
+    def pieces(self) -> int:
+        """How many graphs one kind of call of the region takes, as far as that is known."""
+        return self._running.pieces
 
     def __call__(self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         def made() -> Any:
@@ -38,7 +44,7 @@ class RegionWatch:
             return self._noticed(made)
         token = None if self._spliced is None or given() is not None else self._tell(self._spliced, args, kwargs)
         try:
-            return call_region(self._decoder, lambda: self._noticed(made))
+            return call_region(self._running, lambda: self._noticed(made))
         finally:
             pop_given(token)
 

@@ -43,7 +43,8 @@ _DECODER_SETTINGS: Mapping[str, Any] = {
 
 RECOMPILE_LIMIT = 16
 """At least so many kinds of call of a decoder. Batches of 1, of another size and of any size, each with and without
-padding, prompts, and steps on a cache that is packed or grows: that is more than Dynamo's eight."""
+padding, prompts, and steps on a cache that is packed or grows: that is more than Dynamo's eight. A decoder that comes
+in pieces, where one code object may be all of its layers, has as many for each piece."""
 
 
 _SETTINGS_OF_DROPPED_KEYS: Mapping[str, Any] = {

@@ -5,7 +5,7 @@ import sys
 from rich.console import Console
 from rich.progress import track
 
-from tests.families import ALL
+from tests.families import ALL, UNAVAILABLE
 from tests.families._ask import answers
 from tests.families._table import PAGE, read, write
 
@@ -15,7 +15,7 @@ unknown = sorted({*asked} - {*ALL})
 if unknown:
     sys.exit(f"no model {', '.join(unknown)}; there are {', '.join(sorted(ALL))}")
 found = read() if PAGE.exists() else {}
-found = {name: said for name, said in found.items() if name in ALL}
+found = {name: said for name, said in found.items() if name in ALL or UNAVAILABLE}
 for name in track(asked, "models", console=console):
     found[name] = answers(ALL[name])
     write(found)

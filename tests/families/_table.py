@@ -21,6 +21,12 @@ answers.
 - *lazy*: every layer behind the first that attends to everything inherits from it, `DynamicCache`.
 - *A-VL*: core 0.3, secondary 0.5, a refresh every third step; *text window*: half of the text; *prompt filtered*:
   {KEPT:g} of the visual tokens go on behind layer 0, `AVLCache`.
+
+Asked with the releases of `constraints.txt`, but apertus1p5, which transformers has from 5.24 on. Not asked: Qwen4-Exp,
+whose indexer loops over queries in Python, so that no graph holds its attention and those layers run as the model wrote
+them; HunYuan V4-VL and Inkling 2 Loop (sinks, as inkling2); Cosmos 3 Omni, IDEFICS and InstructBLIP-Video; encoders
+with decoders (Florence-2, T5Gemma 2, UDOP) and captioners (BLIP, GIT, Pix2Struct); what does not decode token by token
+(DiffusionGemma, PI0).
 """
 
 

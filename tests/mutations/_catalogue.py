@@ -36,6 +36,7 @@ SPLICED, REMOTE = "tests/avl_fx/test_spliced_rows.py", "tests/e2e/test_remote_co
 AUTOCAST, GRADIENTS = f"{P}find_attention_autocast.py", f"{P}find_attention_gradients.py"
 DESCRIBE = f"{P}describe.py"
 SPELLINGS, UNREPEAT, SHARE = f"{P}find_attention_properties.py", f"{P}unrepeat.py", f"{P}share_queries.py"
+PIECES = "tests/e2e/test_recompiles.py -m 'not matrix' -k room"
 REUSED = "tests/e2e/test_reused_outputs.py"
 SEVERAL = "tests/e2e/test_several_modalities.py -m 'not matrix'"
 HOOK, TOKEN_IDS = "tests/avl_fx/test_modality_hook.py", "tests/avl_fx/test_token_ids.py"
@@ -316,6 +317,14 @@ MUTATIONS: list[Mutation] = [
             "site.layer = int(parts[indices[0]]) + 1",
             SHARE,
         ),
+    ),
+    *_in(
+        "avl_fx/backend.py",
+        ("make no room for pieces", "        if factor > 1:\n", "        if False:\n", PIECES),
+    ),
+    *_in(
+        "avl_fx/_compat.py",
+        ("forget how many pieces there are", "(watched.pieces if watched else 1)", "1", PIECES),
     ),
     *_in(
         "passes/share_queries.py",
