@@ -37,7 +37,7 @@ test-matrix: $(STAMP)  ## every combination of model, front door, style, cache a
 test-families: $(STAMP)  ## every architecture of docs/models.md answers what that page says
 	$(PYTEST) -m families
 
-test-libraries: $(STAMP)  ## beside peft, torchao, bitsandbytes and accelerate, which it installs
+test-libraries: $(STAMP)  ## beside peft, torchao, bitsandbytes, compressed-tensors and accelerate, which it installs
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[libraries]'
 	$(PYTEST) -m libraries
 

@@ -87,7 +87,7 @@ def _known(size: Any) -> int:
 
 
 def _describe_module(site: Site, anchor: fx.Node, ctx: PassContext) -> torch.nn.Module | None:
-    found = module_path(anchor)
+    found = module_path(anchor) or _frame_itself(ctx)
     if found is None:
         return None
     local, path, cls = found
@@ -108,6 +108,12 @@ def _describe_module(site: Site, anchor: fx.Node, ctx: PassContext) -> torch.nn.
         if isinstance(number, int):
             site.layer, site.tower = number, site.module_class
     return module
+
+
+def _frame_itself(ctx: PassContext) -> tuple[str, str, type] | None:
+    """As `module_path`, where no module is called: the frame is the module's own (a decoder in pieces)."""
+    modules = ((local, ctx.resolve_module(local)) for local in ("self", "args.0"))
+    return next(((local, "", type(module)) for local, module in modules if module is not None), None)
 
 
 def _kind(module: torch.nn.Module | None, layer: int | None, query: Any, key: Any) -> str:

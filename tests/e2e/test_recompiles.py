@@ -1,11 +1,9 @@
 """Decoding does not recompile: after the second step, 64 steps run on what is there."""
 
 import itertools
-from collections import Counter
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import avl_fx
 from avl_fx import Plan
@@ -13,8 +11,7 @@ from avl_fx._compat import isolation
 from avl_fx.errors import CaptureError
 from avl_fx.record import recording
 from tests.e2e._covering import rest_in_matrix
-from tests.e2e._doors import FLOAT32_TOLERANCE, decoder_graphs, decoder_sites, largest, through
-from tests.oracle import avl_oracle
+from tests.e2e._doors import decoder_graphs, decoder_sites, through
 from tests.zoo import ZOO
 from tests.zoo._run import prefill_and_decode
 
@@ -85,42 +82,6 @@ def test_the_recompile_limit_is_an_error_that_says_what_to_do(monkeypatch):
         assert "output_attentions" in caught.value.remedy
         avl_fx.uncompile(model)
         assert torch.equal(answer(), expected)
-
-
-class Breaking(nn.Module):
-    """What Dynamo splits a layer at, as at experts that are looped over one by one."""
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        torch._dynamo.graph_break()
-        return self.mlp(hidden)
-
-
-@pytest.mark.parametrize("plan", [None, Plan.avl(0.3, 0.5, 3, text=None)], ids=["identity", "A-VL"])
-def test_there_is_room_for_all_layers_of_a_decoder_in_pieces(monkeypatch, plan):
-    """One code object is all of its layers, and each of them has a prompt's graph and two of steps."""
-    zoo = ZOO["llava"]
-    model = zoo.make()
-    for layer in zoo.layers(model):
-        layer.mlp = Breaking(layer.mlp)
-    inputs = zoo.inputs(model, batch=2)
-    expected = dense = prefill_and_decode(model, inputs, "dynamic", steps=4)
-    if plan is not None:
-        visual, kinds = zoo.visual_positions(model, inputs), list(zoo.attention_kinds)
-        shares = {"core": 0.3, "secondary": 0.5, "refresh": 3, "text": 1.0}
-        with avl_oracle(model, visual, decoder_prefix=zoo.decoder_prefix, kinds=kinds, **shares):
-            expected = prefill_and_decode(model, inputs, "dynamic", steps=4, tokens=dense.tokens)
-    monkeypatch.setattr("avl_fx.regions.RECOMPILE_LIMIT", 3)  # four layers need twelve, four of them for the prompt
-    with torch._dynamo.config.patch(recompile_limit=3, accumulated_recompile_limit=8):
-        with through("avl_fx.compile", model, plan=plan, compiler="eager") as recorder:
-            got = prefill_and_decode(model, inputs, "dynamic", steps=4, tokens=dense.tokens)
-        assert (torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit) == (3, 8)
-    assert largest(got, expected) <= FLOAT32_TOLERANCE
-    seen = Counter(site.layer for graph in decoder_graphs(recorder) for site in decoder_sites(graph))
-    assert seen == dict.fromkeys(range(zoo.decoder_layers), 3)
 
 
 @pytest.mark.skipif(not isolation(), reason="this torch counts the graphs of all models of a class together")

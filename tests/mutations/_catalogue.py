@@ -36,7 +36,7 @@ SPLICED, REMOTE = "tests/avl_fx/test_spliced_rows.py", "tests/e2e/test_remote_co
 AUTOCAST, GRADIENTS = f"{P}find_attention_autocast.py", f"{P}find_attention_gradients.py"
 DESCRIBE = f"{P}describe.py"
 SPELLINGS, UNREPEAT, SHARE = f"{P}find_attention_properties.py", f"{P}unrepeat.py", f"{P}share_queries.py"
-PIECES = "tests/e2e/test_recompiles.py -m 'not matrix' -k room"
+PIECES = "tests/e2e/test_decoder_in_pieces.py -k mlp"
 REUSED = "tests/e2e/test_reused_outputs.py"
 SEVERAL = "tests/e2e/test_several_modalities.py -m 'not matrix'"
 HOOK, TOKEN_IDS = "tests/avl_fx/test_modality_hook.py", "tests/avl_fx/test_token_ids.py"
@@ -302,6 +302,12 @@ MUTATIONS: list[Mutation] = [
             "if known is not None and module in known:",
             "if False:",
             f"{DESCRIBE} -k looks",
+        ),
+        (
+            "know nothing of a frame that calls no module",
+            "module_path(anchor) or _frame_itself(ctx)",
+            "module_path(anchor)",
+            "tests/e2e/test_decoder_in_pieces.py -k q_proj",
         ),
         (
             "take whatever a decoder attends to for tokens",
