@@ -20,7 +20,7 @@ from torch import fx
 
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.drop_keys import drop_keys, readers
-from avl_fx.passes.nodes import alias_root, mutated_input, written_between
+from avl_fx.passes.nodes import alias_root, mutated_input, same_size, written_between
 from avl_fx.passes.rewrite import remove_dead
 from avl_fx.passes.site import PassResult, Reason, Site, Status
 
@@ -56,8 +56,8 @@ def share_queries(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
                 refusal = Reason.ANCHOR_KIND, f"layer {anchor_layer} has no attention"
             if refusal is None and policy.mode != "gla" and site.kind != "full":
                 refusal = Reason.POSITION_MASK, site.kind
-            if refusal is None and policy.mode != "gla" and not _reads_alone(site):
-                refusal = Reason.ANCHOR_KEYS, ""
+            if refusal is None and policy.mode != "gla":
+                refusal = _read_by_others(site, ctx)
             if refusal is not None:
                 result.refuse(site, *refusal)
                 continue
@@ -81,11 +81,14 @@ def decoder_sites(ctx: PassContext) -> list[Site]:
     return [s for s in ctx.sites if s.role in DECODER_ROLES and s.tower in towers]
 
 
-def _reads_alone(site: Site) -> bool:
-    """Whether nothing else reads the keys that ``site`` reads: a layer without a cache, in whatever way it attends."""
+def _read_by_others(site: Site, ctx: PassContext) -> tuple[Reason, str] | None:
+    """Who besides ``site`` reads its keys: a layer without a cache, in whatever way it attends, or what stores them."""
     assert site.node is not None
-    key = site.node.args[_KEY]
-    return all(reader is site.node for reader in readers(alias_root(key)))  # type: ignore[arg-type]
+    others = {reader for reader in readers(alias_root(site.node.args[_KEY])) if reader is not site.node}  # type: ignore[arg-type]
+    if not others:
+        return None
+    attention = others & {other.node for other in decoder_sites(ctx)}
+    return (Reason.ANCHOR_KEYS, "") if attention else (Reason.KEYS_ESCAPE, "something else reads them")
 
 
 def lazy_blocks(ctx: PassContext) -> list[tuple[Site, list[Site]]]:
@@ -116,6 +119,9 @@ def why_not(site: Site, anchor: Site | None) -> tuple[Reason, str] | None:
         return Reason.ANCHOR_ELSEWHERE, "compile the whole decoder as one graph: avl_fx.compile(model, plan=...)"
     if site.kind == "cross" or anchor.kind != site.kind:
         return Reason.ANCHOR_KIND, f"{site.kind}, anchor {anchor.kind}"
+    if site.cache == "none" and not same_size(site.queries, site.keys):
+        # A store that only hands copies out (a quantised cache). Its prompt's graph shows keys that escape.
+        return Reason.NOT_THE_CACHE, "its keys are made from what is stored"
     if site.kind not in _ONE_MASK:
         # A prompt within its budget may show the same mask, and a later step not.
         return Reason.ANCHOR_MASK, f"{site.kind}: each layer may choose its own keys"

@@ -348,9 +348,15 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "mix keys that another layer reads",
-            "not _reads_alone(site)",
-            "False",
+            "                refusal = _read_by_others(site, ctx)\n",
+            "                pass\n",
             f"{SHARE} -k in_its_own_way",
+        ),
+        (
+            "inherit from copies of what is stored",
+            'if site.cache == "none" and not same_size(site.queries, site.keys):',
+            "if False:",
+            "tests/e2e/test_quantised_cache.py -m 'not matrix' -k gla-fp8",
         ),
         ("inherit queries alone", "    site.node.update_arg(_KEY, anchor.node.args[_KEY])\n", "", SHARE),
         ("ignore another mask", 'return Reason.ANCHOR_MASK, ""', "pass", f"{SHARE} -k 'alone and mask'"),

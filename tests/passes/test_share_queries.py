@@ -345,7 +345,7 @@ def test_keys_that_a_layer_reads_in_its_own_way_are_not_mixed_with_others(mode: 
             plan=Plan.lazy([(1, 3)], mode),
             stages=(find_attention, share_queries),
         )
-    assert rewritten.reasons == [None, None, Reason.ANCHOR_KEYS, None, Reason.SOFTCAP]
+    assert rewritten.reasons == [None, None, Reason.KEYS_ESCAPE, None, Reason.SOFTCAP]
     assert rewritten.sites[3].action.startswith("lazy")
 
 
