@@ -20,7 +20,7 @@ from torch import fx
 
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.drop_keys import drop_keys, readers
-from avl_fx.passes.nodes import alias_root, mutated_input, same_size, written_between
+from avl_fx.passes.nodes import alias_root, mutated_input, op, same_size, shape, written_between
 from avl_fx.passes.rewrite import remove_dead
 from avl_fx.passes.site import PassResult, Reason, Site, Status
 
@@ -30,6 +30,8 @@ DECODER_ROLES = ("decoder", "cross")
 """Roles of sites that the plan's layer numbers mean."""
 
 _QUERY, _KEY, _VALUE, _MASK, _SCALE, _CAUSAL = range(6)
+_PRODUCTS = frozenset({"linear", "addmm", "matmul", "bmm", "einsum"})
+_SEARCH_LIMIT = 400
 _ONE_MASK = frozenset({"full", "sliding", "chunked"})
 """Kinds whose mask follows from positions alone."""
 
@@ -119,9 +121,9 @@ def why_not(site: Site, anchor: Site | None) -> tuple[Reason, str] | None:
         return Reason.ANCHOR_ELSEWHERE, "compile the whole decoder as one graph: avl_fx.compile(model, plan=...)"
     if site.kind == "cross" or anchor.kind != site.kind:
         return Reason.ANCHOR_KIND, f"{site.kind}, anchor {anchor.kind}"
-    if site.cache == "none" and not same_size(site.queries, site.keys):
-        # A store that only hands copies out (a quantised cache). Its prompt's graph shows keys that escape.
-        return Reason.NOT_THE_CACHE, "its keys are made from what is stored"
+    if _copies(site):
+        # In its prompt's graph these are keys that escape: there the layer is dense, too.
+        return Reason.NOT_THE_CACHE, "its keys are copies of what is stored"
     if site.kind not in _ONE_MASK:
         # A prompt within its budget may show the same mask, and a later step not.
         return Reason.ANCHOR_MASK, f"{site.kind}: each layer may choose its own keys"
@@ -143,6 +145,27 @@ def why_not(site: Site, anchor: Site | None) -> tuple[Reason, str] | None:
     if any(written_between(tensor, anchor.node.next, site.node) for tensor in read):  # type: ignore[arg-type]
         return Reason.MUTATION, "the anchor's keys are written again before the lazy layer"
     return None
+
+
+def _copies(site: Site) -> bool:
+    """Whether keys of earlier calls are computed from what a cache stores, as one that is quantised hands them out.
+
+    Keys that are projected anew, all of them, are made of latents.
+    """
+    if site.cache != "none" or same_size(site.queries, site.keys) or site.node is None:
+        return False
+    seen: set[fx.Node] = set()
+    pending = [site.node.args[_KEY]]
+    while pending and len(seen) < _SEARCH_LIMIT:
+        node = pending.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if op(node) not in _PRODUCTS:
+            pending += node.all_input_nodes
+        elif any(same_size(size, site.keys) or str(size) == site.keys for size in shape(node) or ()):
+            return False
+    return True
 
 
 def same_value(a: Any, b: Any, depth: int = 6) -> bool:

@@ -185,6 +185,22 @@ def test_lazy_layers_equal_oracle(cache):
     assert {site.anchor for site in steps(recorder) if site.layer > 1} == {1}
 
 
+def test_lazy_layers_in_a_second_turn():
+    """Of many queries over a cache nothing is absorbed: keys are made anew of all latents, which are no copies."""
+    model = make()
+    turns = [LLAVA.inputs(model, batch=1, seed=seed) for seed in (0, 1)]
+    text = model.config.get_text_config()
+    with lazy_oracle(model, [(1, 3)], LLAVA.decoder_prefix, LLAVA.attention_kinds, "gla"):
+        expected, tokens = converse(model, turns, DynamicCache(config=text), steps=3)
+    with through("avl_fx.compile", model, compiler="eager", plan=Plan.lazy([(1, 3)])) as recorder:
+        found, chosen = converse(model, turns, DynamicCache(config=text), steps=3)
+    assert torch.equal(chosen, tokens)
+    assert largest(found, expected) <= FLOAT32_TOLERANCE
+    sites = [site for graph in decoder_graphs(recorder) for site in decoder_sites(graph)]
+    assert any(site.queries not in (1, site.keys) for site in sites), "a prompt over a cache was compiled"
+    assert {site.anchor for site in sites if site.layer > 1} == {1}
+
+
 def test_a_lazy_block_of_latents_is_not_partitioned():
     model = make()
     inputs = LLAVA.inputs(model, batch=1)

@@ -354,9 +354,15 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "inherit from copies of what is stored",
-            'if site.cache == "none" and not same_size(site.queries, site.keys):',
-            "if False:",
+            "    if _copies(site):\n",
+            "    if False:\n",
             "tests/e2e/test_quantised_cache.py -m 'not matrix' -k gla-fp8",
+        ),
+        (
+            "take what is made of latents for copies",
+            "        elif any(same_size(size, site.keys)",
+            "        elif False and any(same_size(size, site.keys)",
+            "tests/e2e/test_latent_attention.py -k second_turn -m 'not matrix'",
         ),
         ("inherit queries alone", "    site.node.update_arg(_KEY, anchor.node.args[_KEY])\n", "", SHARE),
         ("ignore another mask", 'return Reason.ANCHOR_MASK, ""', "pass", f"{SHARE} -k 'alone and mask'"),
