@@ -186,7 +186,6 @@ def test_lazy_layers_equal_oracle(cache):
 
 
 def test_lazy_layers_in_a_second_turn():
-    """Of many queries over a cache nothing is absorbed: keys are made anew of all latents, which are no copies."""
     model = make()
     turns = [LLAVA.inputs(model, batch=1, seed=seed) for seed in (0, 1)]
     text = model.config.get_text_config()

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from avl_fx.dropped_keys import is_dropped
 from avl_fx.passes.context import DroppedKeys
@@ -347,6 +348,60 @@ def test_keys_that_a_layer_reads_in_its_own_way_are_not_mixed_with_others(mode: 
         )
     assert rewritten.reasons == [None, None, Reason.KEYS_ESCAPE, None, Reason.SOFTCAP]
     assert rewritten.sites[3].action.startswith("lazy")
+
+
+class Store(nn.Module):
+    """Attention over a cache that keeps keys in another form: rounded, or as latents of which keys are made anew."""
+
+    is_causal = True
+
+    def __init__(self, number: int, kept: str) -> None:
+        super().__init__()
+        self.layer_idx, self.kept = number, kept
+        self.q_proj, self.down, self.up, self.v_proj = (nn.Linear(16, 16, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor, mask: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        new = self.down(x)
+        stored = torch.cat([past, new if self.kept == "latents" else (new * 64).round()], dim=1)
+        rows = self.up(stored) if self.kept == "latents" else stored / 64
+        query, key, value = (
+            t.unflatten(-1, (2, 8)).transpose(1, 2) for t in (self.q_proj(x), rows, self.v_proj(stored))
+        )
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return x + out.transpose(1, 2).flatten(2), stored
+
+
+@pytest.mark.parametrize(("kept", "reason"), [("latents", None), ("rounded", Reason.NOT_THE_CACHE)])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_copies_of_what_is_stored_are_not_inherited(kept: str, reason: Reason | None, dynamic: bool | None) -> None:
+    """The prompt's graph shows that such keys escape, so its layers are dense, and so are those of the steps behind."""
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Store(number, kept) for number in range(2))
+
+        def forward(self, x: Tensor, mask: Tensor, *past: Tensor) -> list[Tensor]:
+            stored = []
+            for layer, before in zip(self.layers, past, strict=True):
+                x, after = layer(x, mask, before)
+                stored.append(after)
+            return [x, *stored]
+
+    x, mask, past = torch.randn(2, 3, 16), torch.ones(3, 9, dtype=torch.bool), torch.randn(2, 6, 16)
+    with torch.no_grad():
+        rewritten = rewrite(
+            Layers(),
+            x,
+            mask,
+            past,
+            past.clone(),
+            plan=Plan.lazy([(0, 1)]),
+            stages=(find_attention, share_queries),
+            dynamic=dynamic,
+        )
+    assert rewritten.reasons == [None, reason]
+    assert rewritten.sites[1].action == ("dense" if reason else "lazy (anchor 0)")
 
 
 class Transposing(Decoder):
