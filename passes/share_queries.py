@@ -16,11 +16,12 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import torch
 from torch import fx
 
 from avl_fx.passes.context import PassContext
 from avl_fx.passes.drop_keys import drop_keys, readers
-from avl_fx.passes.nodes import alias_root, mutated_input, op, same_size, shape, written_between
+from avl_fx.passes.nodes import alias_root, fake, mutated_input, op, written_between
 from avl_fx.passes.rewrite import remove_dead
 from avl_fx.passes.site import PassResult, Reason, Site, Status
 
@@ -148,24 +149,24 @@ def why_not(site: Site, anchor: Site | None) -> tuple[Reason, str] | None:
 
 
 def _copies(site: Site) -> bool:
-    """Whether keys of earlier calls are computed from what a cache stores, as one that is quantised hands them out.
+    """Whether keys are computed from numbers of 8 bits, as a quantised cache stores them and hands them out.
 
-    Keys that are projected anew, all of them, are made of latents.
+    Latents are projected first, quantised or not: their keys are made anew.
     """
-    if site.cache != "none" or same_size(site.queries, site.keys) or site.node is None:
+    if site.cache != "none" or site.node is None:
         return False
     seen: set[fx.Node] = set()
     pending = [site.node.args[_KEY]]
     while pending and len(seen) < _SEARCH_LIMIT:
         node = pending.pop()
-        if not isinstance(node, fx.Node) or node in seen:
+        if not isinstance(node, fx.Node) or node in seen or op(node) in _PRODUCTS:
             continue
         seen.add(node)
-        if op(node) not in _PRODUCTS:
-            pending += node.all_input_nodes
-        elif any(same_size(size, site.keys) or str(size) == site.keys for size in shape(node) or ()):
-            return False
-    return True
+        value = fake(node)
+        if isinstance(value, torch.Tensor) and value.dtype.itemsize == 1 and value.dtype != torch.bool:
+            return True
+        pending += node.all_input_nodes
+    return False
 
 
 def same_value(a: Any, b: Any, depth: int = 6) -> bool:

@@ -360,8 +360,8 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "take what is made of latents for copies",
-            "        elif any(same_size(size, site.keys)",
-            "        elif False and any(same_size(size, site.keys)",
+            " or op(node) in _PRODUCTS:\n            continue",
+            ":\n            continue",
             f"{SHARE} -k copies",
         ),
         ("inherit queries alone", "    site.node.update_arg(_KEY, anchor.node.args[_KEY])\n", "", SHARE),

@@ -351,7 +351,7 @@ def test_keys_that_a_layer_reads_in_its_own_way_are_not_mixed_with_others(mode: 
 
 
 class Store(nn.Module):
-    """Attention over a cache that keeps keys in another form: rounded, or as latents of which keys are made anew."""
+    """Attention over a cache that keeps keys in 8 bits, latents of which keys are made anew, or more than is read."""
 
     is_causal = True
 
@@ -362,16 +362,27 @@ class Store(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         new = self.down(x)
-        stored = torch.cat([past, new if self.kept == "latents" else (new * 64).round()], dim=1)
-        rows = self.up(stored) if self.kept == "latents" else stored / 64
+        if "8 bits" in self.kept:
+            stored = torch.cat([past, (new * 16).round().to(torch.int8)], dim=1)
+            rows = values = stored.float() / 16
+        else:
+            rows = values = stored = torch.cat([past, new], dim=1)
+        if "latents" in self.kept:
+            rows = self.up(rows)
+        elif self.kept == "more":
+            rows = torch.cat([stored[:, :2], stored[:, 4:]], dim=1)
+            mask, values = mask[:, 2:], stored[:, 2:]
         query, key, value = (
-            t.unflatten(-1, (2, 8)).transpose(1, 2) for t in (self.q_proj(x), rows, self.v_proj(stored))
+            t.unflatten(-1, (2, 8)).transpose(1, 2) for t in (self.q_proj(x), rows, self.v_proj(values))
         )
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return x + out.transpose(1, 2).flatten(2), stored
 
 
-@pytest.mark.parametrize(("kept", "reason"), [("latents", None), ("rounded", Reason.NOT_THE_CACHE)])
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [("latents", None), ("latents in 8 bits", None), ("more", None), ("in 8 bits", Reason.NOT_THE_CACHE)],
+)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_copies_of_what_is_stored_are_not_inherited(kept: str, reason: Reason | None, dynamic: bool | None) -> None:
     """The prompt's graph shows that such keys escape, so its layers are dense, and so are those of the steps behind."""
@@ -389,6 +400,7 @@ def test_copies_of_what_is_stored_are_not_inherited(kept: str, reason: Reason | 
             return [x, *stored]
 
     x, mask, past = torch.randn(2, 3, 16), torch.ones(3, 9, dtype=torch.bool), torch.randn(2, 6, 16)
+    past = past.mul(16).to(torch.int8) if "8 bits" in kept else past
     with torch.no_grad():
         rewritten = rewrite(
             Layers(),
