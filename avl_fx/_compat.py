@@ -121,9 +121,12 @@ class FrameModules:
         self._locals = frame_locals
 
     def module(self, path: str) -> torch.nn.Module | None:
-        """Module at ``local.attribute.0.attribute``, or ``None``; ``args.0`` is the first of a tuple of arguments."""
+        """Module at ``local.attribute.0.attribute``, or ``None``; ``args.0`` is the first of a tuple of arguments.
+
+        An empty path is the frame's own module, see `outermost`.
+        """
         local, *rest = path.split(".")
-        found = self._locals.get(local)
+        found = self._locals.get(local) if local else self.outermost()
         for part in rest:
             if isinstance(found, torch.nn.Module):
                 found = found._modules.get(part)

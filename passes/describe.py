@@ -112,8 +112,8 @@ def _describe_module(site: Site, anchor: fx.Node, ctx: PassContext) -> torch.nn.
 
 def _frame_itself(ctx: PassContext) -> tuple[str, str, type] | None:
     """As `module_path`, where no module is called: the frame is the module's own (a decoder in pieces)."""
-    modules = ((local, ctx.resolve_module(local)) for local in ("self", "args.0"))
-    return next(((local, "", type(module)) for local, module in modules if module is not None), None)
+    module = ctx.resolve_module("")
+    return None if module is None else ("", "", type(module))
 
 
 def _kind(module: torch.nn.Module | None, layer: int | None, query: Any, key: Any) -> str:
